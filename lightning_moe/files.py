@@ -1,0 +1,129 @@
+"""Files appear under their final name only when they are whole."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def write_atomically(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; renames it to `path` when the block ends without an exception.
+
+    Works for a file and for a folder (an existing folder of that name is replaced as a whole). What was there before
+    stays untouched until the rename.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            _swap_folders(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def _swap_folders(new: Path, path: Path) -> None:
+    """Puts the folder `new` in the place of the folder `path`; the old one is back where that fails."""
+    retired = new.with_suffix(".old")
+    os.replace(path, retired)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(retired, path)
+        raise
+    shutil.rmtree(retired)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes `content` as indented JSON, atomically."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path, *, what: str) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ValueError: the file is missing or is not JSON; `what` names its purpose in the message.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no {what} at '{path}'.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not a readable {what}: {error}. Write it again.") from error
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, Any]) -> None:
+    """Writes tensors and JSON-able metadata as one safetensors file, atomically."""
+    encoded = {key: json.dumps(value) for key, value in metadata.items()}
+    with write_atomically(path) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata=encoded)
+
+
+def read_tensors(path: str | Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write_tensors` wrote: (tensors, metadata).
+
+    Raises:
+        ValueError: the file is missing, truncated or not safetensors with our metadata.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no {what} at '{path}'.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"'{path}' is not a readable {what}: {error}. Write it again.") from error
+
+
+def read_shapes(path: str | Path, *, what: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a safetensors file, from its header alone.
+
+    Raises:
+        ValueError: the file is missing, truncated or not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no {what} at '{path}'.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{path}' is not a readable {what}: {error}. Write or download it again.") from error
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def folder_bytes(path: str | Path) -> int:
+    """Bytes of all files below `path` (or of the file itself)."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
