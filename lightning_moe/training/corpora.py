@@ -1,0 +1,159 @@
+"""Named corpora: which file or hub data set, in which format, and how its records are read."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from lightning_moe.assets import ASSET_PREFIX, resolve_asset
+
+_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = ("text", "instruction", "messages")
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    r"""One corpus.
+
+    Args:
+        source: A `.txt` (one document a file), `.jsonl`, `.json` or `.parquet` file, a folder or glob pattern of such
+            files, `asset:text/code/recovery.jsonl` for a shipped file, or the name of a data set on the hub.
+        format: `text`: documents, loss on every token. `instruction`: instruction, perhaps input, and output in
+            Alpaca's prompt, loss on the output. `messages`: conversations through the tokenizer's chat template, loss
+            on the assistant's turns.
+        field: Field that holds the text or the messages; by default `text` or `messages`.
+        instruction_field: Field of the instruction.
+        input_field: Field of the instruction's input; null where the corpus has none.
+        output_field: Field of the answer.
+        separator: String that joins text documents instead of the end-of-text token (`"\n\n"` for WikiText's lines).
+        subset: Configuration of the hub data set.
+        split: Split of the hub data set.
+        max_tokens: Take only so many tokens; a hub data set is then streamed and not downloaded whole.
+        shuffle_seed: Read the records in an order shuffled by this seed; null keeps their order.
+    """
+
+    source: str
+    format: Literal["text", "instruction", "messages"] = "text"
+    field: str | None = None
+    instruction_field: str = "instruction"
+    input_field: str | None = "input"
+    output_field: str = "output"
+    separator: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    max_tokens: int | None = None
+    shuffle_seed: int | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields a record must have."""
+        if self.format == "instruction":
+            return tuple(
+                name for name in (self.instruction_field, self.input_field, self.output_field) if name is not None
+            )
+        return (self.field or self.format,)
+
+
+def check_corpus(corpus: Corpus, *, name: str) -> None:
+    """Check what can be checked without reading.
+
+    Raises:
+        ValueError: Unknown format, `max_tokens` below 1, or files that are missing or empty.
+    """
+    if corpus.format not in FORMATS:
+        raise ValueError(f"Corpus {name!r}: unknown format {corpus.format!r}. Use one of {', '.join(FORMATS)}.")
+    if corpus.max_tokens is not None and corpus.max_tokens < 1:
+        raise ValueError(f"Corpus {name!r}: `max_tokens` must be at least 1 or null for all, got {corpus.max_tokens}.")
+    if _is_local(corpus.source):
+        _local_files(corpus.source, name=name)
+
+
+def read_records(corpus: Corpus, *, name: str) -> Iterator[Record]:
+    """Yield the records of a corpus, its fields checked on the first one.
+
+    Raises:
+        ValueError: The source is missing, cannot be read, is empty, or lacks a field.
+    """
+    try:
+        iterator: Iterator[Any] = iter(_open(corpus, name=name))
+        first = next(iterator, None)
+    except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError) as error:
+        raise ValueError(
+            f"Corpus {name!r}: cannot read {corpus.source!r} ({error}). Give a valid file or folder of "
+            f"{', '.join(_BUILDERS)}, or a hub data set that can be reached, with its subset and split."
+        ) from error
+    if first is None:
+        raise ValueError(f"Corpus {name!r}: {corpus.source!r} is empty. Give a source with at least one record.")
+    for field in corpus.fields:
+        if field not in first:
+            raise ValueError(
+                f"Corpus {name!r}: {corpus.source!r} has no field {field!r}, only {', '.join(sorted(first))}. "
+                "Name the right one: `field`, or for instructions `instruction_field`, `input_field`, `output_field`."
+            )
+    return chain([first], iterator)
+
+
+def _open(corpus: Corpus, *, name: str) -> Dataset | IterableDataset:
+    if _is_local(corpus.source):
+        files = _local_files(corpus.source, name=name)
+        builder = _BUILDERS[Path(files[0]).suffix]
+        options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+        with _quiet():
+            records = load_dataset(builder, data_files={"train": files}, split="train", **options)
+    else:
+        streaming = corpus.max_tokens is not None
+        records = load_dataset(corpus.source, corpus.subset, split=corpus.split, streaming=streaming)
+    return records if corpus.shuffle_seed is None else records.shuffle(seed=corpus.shuffle_seed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Local files convert in moments: without a bar for each, as `setup` shows one where it takes long."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def _is_local(source: str) -> bool:
+    """A hub name has at most one slash and no file ending we read; anything that exists is local."""
+    if source.startswith((ASSET_PREFIX, "/", ".", "~")) or has_magic(source) or Path(source).exists():
+        return True
+    return Path(source).suffix in _BUILDERS or source.count("/") > 1
+
+
+def _local_files(source: str, *, name: str) -> list[str]:
+    path = Path(resolve_asset(source)).expanduser()
+    if path.is_file():
+        files = [str(path)]
+    else:
+        pattern = str(path / "**" / "*") if path.is_dir() else str(path)
+        files = sorted(file for file in glob(pattern, recursive=True) if Path(file).suffix in _BUILDERS)
+    suffixes = {Path(file).suffix for file in files}
+    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
+    if not files:
+        raise ValueError(
+            f"Corpus {name!r}: no file found at {source!r}. "
+            f"Give a file, folder or pattern of {', '.join(_BUILDERS)} files."
+        )
+    if len(builders) > 1 or None in builders:
+        raise ValueError(
+            f"Corpus {name!r}: {source!r} holds files of type {', '.join(sorted(suffixes))}. "
+            f"Give files of one type among {', '.join(_BUILDERS)}."
+        )
+    filled = [file for file in files if Path(file).stat().st_size]
+    if not filled:
+        raise ValueError(f"Corpus {name!r}: {source!r} is empty. Give a file with at least one record.")
+    return filled

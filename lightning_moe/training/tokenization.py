@@ -1,0 +1,148 @@
+"""From a corpus to packed rows: read, render, tokenise, pack."""
+
+# T tokens
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_moe.assets import resolve_asset
+from lightning_moe.training.corpora import Corpus, Record, read_records
+from lightning_moe.training.examples import Example, instruction_example, message_examples, text_of
+from lightning_moe.training.packing import Rows, TokenSpan, pack_examples, pack_stream
+
+_LOG = logging.getLogger(__name__)
+
+_RECORDS_AT_ONCE = 256
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder, `asset:small_moe`, or the hub.
+
+    Raises:
+        ValueError: There is none, or it has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_asset(source))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No tokenizer found at {source!r} ({error}). "
+            "Give a folder with tokenizer.json, `asset:small_moe`, or a hub name."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer {source!r} has no end-of-text token, which separates documents. "
+            "Set `eos_token` in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def corpus_rows(
+    corpus: Corpus, *, name: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, keep_last: bool
+) -> Rows:
+    """Read, tokenise and pack one corpus; `keep_last` keeps the last, partial window of text, padded.
+
+    Raises:
+        ValueError: See `read_records`; or the corpus has no text, is shorter than one row, or no example in it has a
+            token with loss.
+    """
+    records = read_records(corpus, name=name)
+    padding: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if corpus.format == "text":
+        stream_T = _stream(records, corpus=corpus, name=name, tokenizer=tokenizer)
+        _check_stream(stream_T, name=name, sequence_length=sequence_length, keep_last=keep_last)
+        rows = pack_stream(stream_T, sequence_length=sequence_length, padding=padding, keep_last=keep_last)
+    else:
+        examples = _examples(records, corpus=corpus, name=name, tokenizer=tokenizer)
+        spans = list(_token_spans(examples, name=name, tokenizer=tokenizer, max_tokens=corpus.max_tokens))
+        rows = pack_examples(spans, sequence_length=sequence_length, padding=padding)
+        _check_examples(spans, name=name, sequence_length=sequence_length)
+    _LOG.info("corpus %s: %d tokens in %d rows of %d", name, rows.num_tokens, len(rows), sequence_length)
+    return rows
+
+
+def _check_stream(stream_T: Tensor, *, name: str, sequence_length: int, keep_last: bool) -> None:
+    if len(stream_T) == 0:
+        raise ValueError(f"Corpus {name!r} is empty: all its documents are empty texts. Give a source with text.")
+    if not keep_last and len(stream_T) < sequence_length:
+        raise ValueError(
+            f"Corpus {name!r} has {len(stream_T)} tokens, less than one row of {sequence_length} to train on. "
+            "Give more text, raise `max_tokens`, or lower `sequence_length`."
+        )
+
+
+def _check_examples(spans: list[TokenSpan], *, name: str, sequence_length: int) -> None:
+    lost = sum(not any(span.learn[:sequence_length]) for span in spans)
+    if lost == len(spans):
+        raise ValueError(
+            f"Corpus {name!r}: in all of its {lost} examples the prompt fills the row of {sequence_length} tokens "
+            "and leaves no answer to learn. Raise `sequence_length` (or `max_tokens`, if no example fits in it)."
+        )
+    if lost:
+        _LOG.warning(
+            "corpus %s: left out %d of %d examples whose prompt fills a row of %d",
+            name,
+            lost,
+            len(spans),
+            sequence_length,
+        )
+
+
+def _stream(records: Iterator[Record], *, corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Tokens of all non-empty documents, each followed by the end-of-text token, up to `max_tokens`."""
+    texts = (text_of(record, field=corpus.fields[0], name=name) for record in records)
+    if corpus.separator is not None:
+        texts = iter([corpus.separator.join(texts)])
+    pieces, left = [np.empty(0, dtype=np.int32)], corpus.max_tokens
+    for ids in _tokenise((text for text in texts if text), name=name, tokenizer=tokenizer):
+        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)[:left])
+        if left is not None:
+            left -= len(pieces[-1])
+            if left == 0:
+                break
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+def _tokenise(texts: Iterable[str], *, name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    texts = iter(texts)
+    with tqdm(desc=f"tokenise {name}", unit=" texts", delay=10) as bar:
+        while batch := list(islice(texts, _RECORDS_AT_ONCE)):
+            yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+            bar.update(len(batch))
+
+
+def _examples(
+    records: Iterator[Record], *, corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Example]:
+    if corpus.format == "instruction":
+        end = str(tokenizer.eos_token)
+        return (instruction_example(record, corpus=corpus, name=name, end_of_text=end) for record in records)
+    field = corpus.fields[0]
+    return chain.from_iterable(message_examples(record[field], name=name, tokenizer=tokenizer) for record in records)
+
+
+def _token_spans(
+    examples: Iterator[Example], *, name: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+) -> Iterator[TokenSpan]:
+    """Tokenise the segments of each example by themselves, as generation does with a prompt; stop at `max_tokens`."""
+    num_tokens = 0
+    while batch := list(islice(examples, _RECORDS_AT_ONCE)):
+        tokenised = _tokenise(
+            (segment.text for example in batch for segment in example), name=name, tokenizer=tokenizer
+        )
+        for example in batch:
+            pieces = [(segment.learn, next(tokenised)) for segment in example]
+            ids = [token for _, piece in pieces for token in piece]
+            num_tokens += len(ids)
+            if max_tokens is not None and num_tokens > max_tokens:
+                return
+            yield TokenSpan(input_ids=ids, learn=[learn for learn, piece in pieces for _ in piece])

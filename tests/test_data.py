@@ -1,0 +1,184 @@
+"""Packing and text corpora, and what is shipped."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from jsonargparse import ArgumentParser
+from text_data import TOKENIZER, data_module, only_batch, read_text, write_jsonl
+
+from lightning_moe.assets import asset_path, resolve_asset
+from lightning_moe.training.corpora import Corpus, read_records
+from lightning_moe.training.data import TextDataModule
+from lightning_moe.training.packing import TokenSpan, pack_examples, pack_stream
+from lightning_moe.training.tokenization import load_tokenizer
+
+DOMAINS = ("speeches", "glosses", "code", "math", "manual")
+SPLITS = ("recovery", "calibration", "validation", "heldout")
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/data/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TOKENIZER)
+
+
+def test_pack_stream_keeps_every_token_once_and_pads_the_last_row():
+    rows = pack_stream(torch.arange(10, dtype=torch.int32), sequence_length=4, padding=99, keep_last=True)
+    assert rows.input_ids_NS.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 99, 99]]
+    assert rows[2]["attention_mask"].tolist() == [1, 1, 0, 0]
+    assert rows[2]["labels"].tolist() == [8, 9, -100, -100]
+    assert rows.num_tokens == 10
+
+
+def test_pack_stream_drops_the_last_row_for_training():
+    rows = pack_stream(torch.arange(10, dtype=torch.int32), sequence_length=4, padding=99, keep_last=False)
+    assert rows.input_ids_NS.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert rows.num_tokens == 8
+
+
+def test_pack_stream_without_a_rest_adds_no_row():
+    rows = pack_stream(torch.arange(8, dtype=torch.int32), sequence_length=4, padding=99, keep_last=True)
+    assert len(rows) == 2
+
+
+def span(*tokens, prompt):
+    return TokenSpan(input_ids=list(tokens), learn=[index >= prompt for index in range(len(tokens))])
+
+
+def test_pack_examples_never_splits_an_example_over_rows():
+    # 3 + 2 fit a row of 5; the next 4 open a second one; one that is all prompt is left out; the last is cut after 5.
+    examples = [
+        span(1, 2, 3, prompt=1),
+        span(4, 5, prompt=1),
+        span(6, 7, 8, 9, prompt=2),
+        span(10, 11, 12, 13, 14, 15, prompt=5),
+        span(16, 17, 18, 19, 20, 21, prompt=3),
+    ]
+    rows = pack_examples(examples, sequence_length=5, padding=0)
+    assert rows.input_ids_NS.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 0], [16, 17, 18, 19, 20]]
+    assert rows[0]["labels"].tolist() == [-100, 2, 3, -100, 5]
+    assert rows[1]["labels"].tolist() == [-100, -100, 8, 9, -100]
+    assert rows[1]["attention_mask"].tolist() == [1, 1, 1, 1, 0]
+    assert rows[2]["labels"].tolist() == [-100, -100, -100, 19, 20]
+
+
+def test_text_corpus_is_its_documents_joined_by_end_of_text(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "One fish."}, {"text": ""}, {"text": "Two fish, red fish."}])
+    module = data_module(validation={"a": Corpus(source=source)})
+    (loader,) = module.val_dataloader()
+    assert read_text(loader, tokenizer) == "One fish.<|endoftext|>Two fish, red fish.<|endoftext|>"
+    batch = only_batch(loader)
+    assert {key: value.dtype for key, value in batch.items()} == dict.fromkeys(batch, torch.int64)
+    assert {value.shape for value in batch.values()} == {batch["input_ids"].shape}
+    padded = batch["attention_mask"] == 0
+    assert torch.equal(batch["labels"] == -100, padded)
+    assert (batch["input_ids"][padded] == tokenizer.pad_token_id).all()
+
+
+def test_separator_joins_documents_as_one_text(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "lines.jsonl", [{"text": "= Title ="}, {"text": ""}, {"text": "A line."}])
+    module = data_module(validation={"a": Corpus(source=source, separator="\n\n")})
+    assert read_text(module.val_dataloader()[0], tokenizer) == "= Title =\n\n\n\nA line.<|endoftext|>"
+
+
+def test_every_kind_of_file_reads_the_same(tmp_path, tokenizer):
+    texts = ["First document.\nSecond line.", "Another."]
+    (tmp_path / "txt").mkdir()
+    for index, text in enumerate(texts):
+        (tmp_path / "txt" / f"{index}.txt").write_text(text)
+    (tmp_path / "all.json").write_text(json.dumps([{"text": text} for text in texts]))
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "all.parquet")
+    write_jsonl(tmp_path / "all.jsonl", [{"text": text} for text in texts])
+    sources = ["txt", "txt/*.txt", "all.json", "all.parquet", "all.jsonl"]
+    module = data_module(validation={name: Corpus(source=str(tmp_path / name)) for name in sources})
+    read = {read_text(loader, tokenizer) for loader in module.val_dataloader()}
+    assert read == {"First document.\nSecond line.<|endoftext|>Another.<|endoftext|>"}
+
+
+def test_max_tokens_takes_exactly_so_many():
+    corpus = Corpus(source="asset:text/code/calibration.jsonl", max_tokens=1001)
+    assert data_module(calibration={"code": corpus}).rows("calibration")["code"].num_tokens == 1001
+
+
+def test_shuffle_seed_changes_the_order_of_records_and_repeats(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": str(index)} for index in range(50)])
+    plain = [record["text"] for record in read_records(Corpus(source=source), name="a")]
+    first, second = (
+        [record["text"] for record in read_records(Corpus(source=source, shuffle_seed=3), name="a")] for _ in range(2)
+    )
+    assert plain == [str(index) for index in range(50)]
+    assert first == second != plain
+    assert sorted(first) == sorted(plain)
+
+
+def test_loaders_per_corpus_keep_the_order_of_the_dict():
+    corpora = {name: Corpus(source=f"asset:text/{name}/validation.jsonl", max_tokens=64) for name in ("math", "code")}
+    module = data_module(validation=corpora, calibration=corpora, batch_size=3, validation_batch_size=2)
+    assert module.validation_names == module.calibration_names == ("math", "code")
+    assert [loader.batch_size for loader in module.val_dataloader()] == [2, 2]
+    loaders = module.calibration_dataloaders()
+    assert list(loaders) == ["math", "code"]
+    first, again = (torch.cat([batch["input_ids"] for batch in loaders["math"]]) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_setup_tokenises_once():
+    module = data_module(train={"code": Corpus(source="asset:text/code/calibration.jsonl", max_tokens=100)})
+    module.setup("fit")
+    rows = module.rows("train")["code"]
+    module.setup("fit")
+    assert module.rows("train")["code"] is rows
+
+
+def test_without_validation_corpora_there_is_no_loader():
+    assert data_module().val_dataloader() == []
+
+
+def test_asset_names_resolve():
+    assert asset_path("small_moe").is_dir()
+    assert resolve_asset("asset:small_moe") == str(asset_path("small_moe"))
+    assert resolve_asset("some/folder") == "some/folder"
+    with pytest.raises(ValueError, match=r"called 'nothing'. Shipped folders: licenses, small_moe, text"):
+        asset_path("nothing")
+
+
+def test_shipped_splits_share_no_document():
+    for domain in DOMAINS:
+        ids, texts = [], []
+        for split in SPLITS:
+            with asset_path(f"text/{domain}/{split}.jsonl").open(encoding="utf-8") as file:
+                records = [json.loads(line) for line in file]
+            assert records
+            ids += [record["id"] for record in records]
+            texts += [hashlib.sha256(record["text"].strip().encode()).hexdigest() for record in records]
+        assert len(set(ids)) == len(ids)
+        assert len(set(texts)) == len(texts)
+
+
+def test_shipped_text_is_small():
+    sizes = [path.stat().st_size for path in asset_path("text").rglob("*.jsonl")]
+    assert len(sizes) == len(DOMAINS) * len(SPLITS)
+    assert sum(sizes) <= 4_500_000
+
+
+def test_shipped_tokenizer_writes_back_what_it_read(tokenizer):
+    text = "def f(x):\n    return x ** 2  # 1917 — naïve\n\t|- ( ph -> ps )\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) == 4096
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
+    assert tokenizer.pad_token == "<|pad|>"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_presets_parse_into_corpora(config):
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TextDataModule, "data")
+    parsed = parser.instantiate_classes(parser.parse_args([f"--config={config}", "--data.tokenizer=asset:small_moe"]))
+    named = [corpus for corpora in parsed.data.corpora.values() for corpus in corpora.values()]
+    assert named
+    assert all(isinstance(corpus, Corpus) and "/" in corpus.source for corpus in named)
