@@ -1,0 +1,94 @@
+"""How many channels may stay, counted exactly.
+
+With a ratio above 0 every kept width is a multiple of `align`: where a stock width is not (100 channels in blocks of
+16), the expert's last, partial block goes first. Only ratio 0 keeps it.
+"""
+
+# L layers, C channels of a layer
+
+import torch
+from torch import Tensor
+
+from lightning_moe.allocation.ranking import order_by
+from lightning_moe.records import LayerShape, ModelShape
+
+
+def check_count(value: int, *, name: str, lowest: int) -> None:
+    """Refuses what is not a whole number >= `lowest`.
+
+    Raises:
+        ValueError: with the name of the setting and what came.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"`{name}` must be a whole number >= {lowest}, got {value!r}.")
+
+
+def check_prune_ratio(prune_ratio: float) -> None:
+    """Refuses a share of removed channels outside [0, 1).
+
+    Raises:
+        ValueError: with the value.
+    """
+    if isinstance(prune_ratio, bool) or not isinstance(prune_ratio, int | float) or not 0 <= prune_ratio < 1:
+        raise ValueError(
+            f"`prune_ratio` must be in [0, 1), got {prune_ratio!r}. It is the share of routed-expert channels that is "
+            "removed; `keep_ratio` is 1 minus it."
+        )
+
+
+def channel_budget(shape: ModelShape, *, prune_ratio: float) -> int:
+    """Channels of the whole model that stay: `round((1 - prune_ratio) * num_channels)`.
+
+    Raises:
+        ValueError: `prune_ratio` outside [0, 1).
+    """
+    check_prune_ratio(prune_ratio)
+    return round((1 - prune_ratio) * shape.num_channels)
+
+
+def whole_blocks(layer: LayerShape, *, align: int) -> int:
+    """Whole blocks of `align` channels in the layer's experts."""
+    return sum(width // align for width in layer.widths)
+
+
+def block_budget(shape: ModelShape, *, prune_ratio: float, align: int) -> int:
+    """Blocks of the whole model that stay: the channel budget in whole blocks of `align`, rounded down.
+
+    Raises:
+        ValueError: a ratio or `align` out of range, or experts that have fewer whole blocks than that.
+    """
+    check_count(align, name="align", lowest=1)
+    num_blocks = channel_budget(shape, prune_ratio=prune_ratio) // align
+    available = sum(whole_blocks(layer, align=align) for layer in shape.layers)
+    if num_blocks > available:
+        raise ValueError(
+            f"`prune_ratio`={prune_ratio} keeps {num_blocks} blocks of `align`={align} channels, but experts of widths "
+            f"{sorted({width for layer in shape.layers for width in layer.widths})} have only {available} whole ones. "
+            "Choose an `align` that divides the widths, or prune more."
+        )
+    return num_blocks
+
+
+def round_to_blocks(channel_L: Tensor, *, capacity_L: Tensor, num_blocks: int, align: int) -> Tensor:
+    """Whole blocks per layer that sum to `num_blocks`, by largest remainder of the layers' channel budgets.
+
+    Args:
+        channel_L: Channel budgets, int64 [L].
+        capacity_L: Whole blocks that each layer has, int64 [L]; their sum is at least `num_blocks`.
+        num_blocks: Blocks of the whole model.
+        align: Channels of a block.
+
+    Returns:
+        Blocks per layer, int64 [L].
+    """
+    block_L = torch.minimum(channel_L // align, capacity_L)
+    while (missing := num_blocks - int(block_L.sum())) > 0:
+        order_L = order_by((block_L < capacity_L).long(), channel_L - block_L * align)
+        takers = order_L[: min(missing, int((block_L < capacity_L).sum()))]
+        block_L[takers] += 1
+    return block_L
+
+
+def keep_everything(shape: ModelShape) -> tuple[Tensor, ...]:
+    """The masks of ratio 0: bool [C] per layer, all true."""
+    return tuple(torch.ones(layer.num_channels, dtype=torch.bool) for layer in shape.layers)

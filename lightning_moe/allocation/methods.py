@@ -1,0 +1,276 @@
+"""The pruning methods a user chooses from: final objects with plain settings that turn statistics into a plan."""
+
+# L layers, C channels of a layer
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from lightning_moe.allocation.alignment import Alignment
+from lightning_moe.allocation.budget import check_count, check_prune_ratio, keep_everything
+from lightning_moe.allocation.expert_dropping import drop_experts
+from lightning_moe.allocation.floors import Floors
+from lightning_moe.allocation.global_ranking import rank_globally
+from lightning_moe.allocation.paper_a import cover_model
+from lightning_moe.allocation.smoothing import check_smoothing, smooth
+from lightning_moe.allocation.super_experts import super_experts
+from lightning_moe.allocation.uniform import uniform_width
+from lightning_moe.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
+from lightning_moe.criteria.perturbation import DEFAULT_ALPHA, first_order_factor
+from lightning_moe.records import CalibrationStatistics, PrunePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningMethod(ABC):
+    """Statistics to plan. A method of your own is a frozen dataclass with `name`, plain fields and `keep`.
+
+    Args:
+        align: Kept widths are multiples of this (1 where widths are not touched).
+    """
+
+    align: int
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def keep(
+        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
+    ) -> tuple[Tensor, ...]:
+        """Per layer bool [C], true for a channel that stays; `prune_ratio` is above 0."""
+
+    def plan(
+        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None = None
+    ) -> PrunePlan:
+        """Decides which channels stay; ratio 0 keeps all of them, whatever the settings.
+
+        Args:
+            statistics: Of the model to prune.
+            prune_ratio: Share of routed-expert channels to remove, in [0, 1); 0 keeps everything.
+            corpora: Names of the corpora that count; all when not given.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: a ratio out of range, an unknown corpus, or a budget that a layer cannot meet.
+        """
+        check_prune_ratio(prune_ratio)
+        if prune_ratio == 0:
+            keep = keep_everything(statistics.shape)
+        else:
+            keep = self.keep(statistics, prune_ratio=prune_ratio, corpora=corpora)
+        provenance = {
+            "settings": json.dumps(asdict(self), sort_keys=True),
+            "corpora": ", ".join(statistics.corpora if corpora is None else corpora),
+            "statistics": statistics.digest,
+        }
+        return PrunePlan(
+            shape=statistics.shape,
+            method=self.name,
+            prune_ratio=prune_ratio,
+            align=self.align,
+            keep=keep,
+            provenance=provenance,
+        )
+
+
+def _check_name(value: str, *, field: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"`{field}` must be one of {list(known)}, got {value!r}.")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ExactGlobal(PruningMethod):
+    """Our default: exact channel ablation, one ranking of the whole model (method, 4b).
+
+    Args:
+        criterion: Channel criterion; it must be comparable across layers, as `channel_ablation` is.
+        align: Channels of a block; kept widths are multiples of it.
+        layer_floor: Share of its channels that each layer keeps at least.
+        expert_floor: Channels that each expert keeps at least, rounded up to blocks.
+        protect_super_experts: Super experts keep at least one block.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    criterion: str = "channel_ablation"
+    align: int = 16
+    layer_floor: float = 0.0
+    expert_floor: int = 0
+    protect_super_experts: bool = True
+
+    name: ClassVar[str] = "exact_global"
+
+    def __post_init__(self) -> None:
+        _check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
+        check_count(self.align, name="align", lowest=1)
+        Floors(layer_floor=self.layer_floor, expert_floor=self.expert_floor)
+
+    def keep(
+        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
+    ) -> tuple[Tensor, ...]:
+        """See `rank_globally`."""
+        return rank_globally(
+            CHANNEL_CRITERIA[self.criterion](statistics, corpora=corpora),
+            prune_ratio=prune_ratio,
+            align=self.align,
+            floors=_floors(self, statistics=statistics, corpora=corpora),
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PaperA(PruningMethod):
+    """Paper A: attribution-guided coverage across layers and experts, then aligned widths (method, 2 and 3).
+
+    Args:
+        criterion: Channel criterion; the paper's is `activation_norm`.
+        expert_weight: Expert criterion used as phi: `attribution` (first order, the paper's) or `ablation` (exact).
+        smoothing: Of the layer losses: sqrt4, none, sqrt, log, huber or clip.
+        min_width: Smallest width of an expert that stays, in channels, rounded up to blocks.
+        align: Channels of a block; kept widths are multiples of it.
+        alpha: The paper's perturbation; it scales losses and attributions and leaves the plan as it is.
+        layer_floor: Share of its channels that each layer keeps at least.
+        expert_floor: Channels that each expert keeps at least (when above 0, at least `min_width`).
+        protect_super_experts: Super experts keep at least `min_width` channels.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    criterion: str = "activation_norm"
+    expert_weight: str = "attribution"
+    smoothing: str = "sqrt4"
+    min_width: int = 16
+    align: int = 16
+    alpha: float = DEFAULT_ALPHA
+    layer_floor: float = 0.0
+    expert_floor: int = 0
+    protect_super_experts: bool = True
+
+    name: ClassVar[str] = "paper_a"
+
+    def __post_init__(self) -> None:
+        _check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
+        _check_name(self.expert_weight, field="expert_weight", known=EXPERT_CRITERIA)
+        check_smoothing(self.smoothing)
+        first_order_factor(alpha=self.alpha)
+        Alignment(align=self.align, min_width=self.min_width)
+        Floors(layer_floor=self.layer_floor, expert_floor=self.expert_floor)
+
+    def keep(
+        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
+    ) -> tuple[Tensor, ...]:
+        """See `cover_model`; the layer loss is `(1 - alpha)^2 * sum ||R||^2 q`."""
+        energy_L = torch.stack([sums["layer_energy"] for sums in statistics.total(corpora)])
+        return cover_model(
+            CHANNEL_CRITERIA[self.criterion](statistics, corpora=corpora),
+            weights=EXPERT_CRITERIA[self.expert_weight](statistics, corpora=corpora),
+            weight_L=smooth((1 - self.alpha) ** 2 * energy_L, smoothing=self.smoothing),
+            prune_ratio=prune_ratio,
+            alignment=Alignment(align=self.align, min_width=self.min_width),
+            floors=_floors(self, statistics=statistics, corpora=corpora),
+        )
+
+
+def _floors(
+    method: ExactGlobal | PaperA, *, statistics: CalibrationStatistics, corpora: Sequence[str] | None
+) -> Floors:
+    guarded = super_experts(statistics, corpora=corpora) if method.protect_super_experts else None
+    return Floors(layer_floor=method.layer_floor, expert_floor=method.expert_floor, protected=guarded)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class UniformWidth(PruningMethod):
+    """One width for every expert of the model; the achieved ratio is rounded to a block.
+
+    Args:
+        criterion: Channel criterion that orders an expert's channels.
+        align: The width is a multiple of this.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    criterion: str = "channel_ablation"
+    align: int = 16
+
+    name: ClassVar[str] = "uniform"
+
+    def __post_init__(self) -> None:
+        _check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
+        check_count(self.align, name="align", lowest=1)
+
+    def keep(
+        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
+    ) -> tuple[Tensor, ...]:
+        """See `uniform_width`."""
+        scores = CHANNEL_CRITERIA[self.criterion](statistics, corpora=corpora)
+        return uniform_width(scores, prune_ratio=prune_ratio, align=self.align)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ExpertDropping(PruningMethod):
+    """Whole experts go, the same share in every layer.
+
+    Args:
+        criterion: Expert criterion: the lowest scores go first.
+
+    Raises:
+        ValueError: an unknown criterion.
+    """
+
+    criterion: str = "reap"
+    align: int = field(default=1, init=False)
+
+    name: ClassVar[str] = "expert_dropping"
+
+    def __post_init__(self) -> None:
+        _check_name(self.criterion, field="criterion", known=EXPERT_CRITERIA)
+
+    def keep(
+        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
+    ) -> tuple[Tensor, ...]:
+        """See `drop_experts`."""
+        scores = EXPERT_CRITERIA[self.criterion](statistics, corpora=corpora)
+        return drop_experts(scores, prune_ratio=prune_ratio)
+
+
+PRESETS: Mapping[str, type[PruningMethod]] = {
+    "exact_global": ExactGlobal,
+    "paper_a": PaperA,
+    "uniform": UniformWidth,
+    "reap": ExpertDropping,
+}
+
+
+def build_method(method: str | PruningMethod, **settings: Any) -> PruningMethod:
+    """A method from the name of a preset; a method object passes through.
+
+    Args:
+        method: Name or object.
+        **settings: Fields of the preset that differ from their defaults.
+
+    Raises:
+        ValueError: an unknown name or setting, settings beside an object, or something else.
+    """
+    if isinstance(method, PruningMethod) and not settings:
+        return method
+    if not isinstance(method, str) or method not in PRESETS:
+        beside = f" with the settings {sorted(settings)}" if settings else ""
+        raise ValueError(
+            f"`method` must be a PruningMethod without settings or one of {list(PRESETS)}, got {method!r}{beside}."
+        )
+    known = sorted(own.name for own in fields(PRESETS[method]) if own.init)
+    if not set(settings) <= set(known):
+        raise ValueError(f"The method '{method}' has the settings {known}, got {sorted(settings)}.")
+    return PRESETS[method](**settings)

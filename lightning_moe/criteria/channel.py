@@ -1,0 +1,133 @@
+"""Scores of single channels.
+
+Every criterion works on the plain sums over the tokens of the chosen corpora: a corpus weighs as much as it has tokens.
+"""
+
+# C channels of a layer
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_moe.criteria.perturbation import DEFAULT_ALPHA, first_order_factor
+from lightning_moe.records import CalibrationStatistics, ChannelScores
+
+LayerValues = Mapping[str, Tensor]
+
+# CAMERA's published weights of the summed and of the largest activation.
+_CAMERA_SUM, _CAMERA_MAX = 0.1, 0.9
+
+
+class ChannelCriterion(Protocol):
+    """What `CHANNEL_CRITERIA` holds."""
+
+    def __call__(self, statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ChannelScores:
+        """One score per channel from the sums over `corpora` (all when not given)."""
+        ...
+
+
+def _score(
+    statistics: CalibrationStatistics,
+    *,
+    criterion: str,
+    corpora: Sequence[str] | None,
+    formula: Callable[[LayerValues, LayerValues], Tensor],
+) -> ChannelScores:
+    layers = zip(statistics.total(corpora), statistics.weights, strict=True)
+    scores = tuple(formula(sums, weights) for sums, weights in layers)
+    return ChannelScores(shape=statistics.shape, criterion=criterion, scores=scores)
+
+
+def channel_ablation(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ChannelScores:
+    """Exact error of removing one channel, gates held: `||W_down[:, c]||^2 * sum g^2 h_c^2 q` (method, 1 and 4b).
+
+    Unit: relative squared error of the decoder layer's output, summed over tokens; comparable across the whole model.
+
+    Raises:
+        ValueError: an unknown corpus.
+    """
+    return _score(
+        statistics,
+        criterion="channel_ablation",
+        corpora=corpora,
+        formula=lambda sums, weights: sums["channel_ablation"] * weights["down_sq_norm"],
+    )
+
+
+def channel_saliency(
+    statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None, alpha: float = DEFAULT_ALPHA
+) -> ChannelScores:
+    """Paper A's saliency at the input of W_down: `2 alpha (1 - alpha) * sum g |h_c <R, W_down[:, c]>| q`.
+
+    Closed form of abs(activation * gradient) (method, 1). Unit: relative squared error of the layer's output, first
+    order, summed over tokens.
+
+    Raises:
+        ValueError: an unknown corpus, or `alpha` outside (0, 1).
+    """
+    factor = first_order_factor(alpha=alpha)
+    return _score(
+        statistics,
+        criterion="channel_saliency",
+        corpora=corpora,
+        formula=lambda sums, _: factor * sums["channel_saliency"],
+    )
+
+
+def activation_norm(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ChannelScores:
+    """Paper A's default metric: mean of the L2 norms of a, u and h of the channel, divided by its layer's mean.
+
+    `s_c = (sqrt(sum a^2) + sqrt(sum u^2) + sqrt(sum h^2)) / 3`, sums over the pairs routed to its expert; no unit, the
+    mean of a layer is 1 (a layer without any activation scores 0 throughout).
+
+    Raises:
+        ValueError: an unknown corpus.
+    """
+
+    def formula(sums: LayerValues, _: LayerValues) -> Tensor:
+        norm_C = (sums["gate_sq"].sqrt() + sums["up_sq"].sqrt() + sums["hidden_sq"].sqrt()) / 3
+        mean = norm_C.mean()
+        return norm_C / mean if mean > 0 else norm_C
+
+    return _score(statistics, criterion="activation_norm", corpora=corpora, formula=formula)
+
+
+def camera(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ChannelScores:
+    """CAMERA's energy: `||W_down[:, c]||^2 * (0.1 * sum (g h_c)^2 + 0.9 * max (g h_c)^2)` (method, 1).
+
+    Unit: squared norm of the channel's contribution to the layer's output.
+
+    Raises:
+        ValueError: an unknown corpus.
+    """
+
+    def formula(sums: LayerValues, weights: LayerValues) -> Tensor:
+        energy_C = _CAMERA_SUM * sums["weighted_sq"] + _CAMERA_MAX * sums["max_weighted_sq"]
+        return energy_C * weights["down_sq_norm"]
+
+    return _score(statistics, criterion="camera", corpora=corpora, formula=formula)
+
+
+def weight_norm(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ChannelScores:
+    """Magnitude, blind to data: `sqrt(||W_gate[c]||^2 + ||W_up[c]||^2 + ||W_down[:, c]||^2)`.
+
+    The L2 norm of everything that the channel stores; the corpora are checked and otherwise not used.
+
+    Raises:
+        ValueError: an unknown corpus.
+    """
+
+    def formula(_: LayerValues, weights: LayerValues) -> Tensor:
+        return (weights["gate_sq_norm"] + weights["up_sq_norm"] + weights["down_sq_norm"]).sqrt()
+
+    return _score(statistics, criterion="weight_norm", corpora=corpora, formula=formula)
+
+
+CHANNEL_CRITERIA: Mapping[str, ChannelCriterion] = {
+    "channel_ablation": channel_ablation,
+    "activation_norm": activation_norm,
+    "channel_saliency": channel_saliency,
+    "weight_norm": weight_norm,
+    "camera": camera,
+}

@@ -1,0 +1,274 @@
+import json
+from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from statistics_factory import hand_statistics, make_statistics, shape_of
+
+from lightning_moe.allocation import (
+    PRESETS,
+    ExactGlobal,
+    ExpertDropping,
+    PaperA,
+    PruningMethod,
+    UniformWidth,
+    build_method,
+)
+from lightning_moe.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
+from lightning_moe.records import PrunePlan
+
+GROUPED = {"num_experts": 16, "top_k": 4, "num_groups": 4, "top_k_groups": 2}
+
+
+def permuted(statistics, *, order_E, order_C):
+    """The same model with its experts and channels in another order."""
+    orders = {len(order_E): order_E, len(order_C): order_C}
+
+    def turn(values):
+        return {
+            name: value[orders[len(value)]] if name != "entropy_histogram" and value.dim() else value
+            for name, value in values.items()
+        }
+
+    corpora = {corpus: tuple(turn(layer) for layer in layers) for corpus, layers in statistics.corpora.items()}
+    return replace(statistics, corpora=corpora, weights=tuple(turn(layer) for layer in statistics.weights))
+
+
+# --- presets and settings -------------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_documented_methods():
+    assert {name: build_method(name) for name in PRESETS} == {
+        "exact_global": ExactGlobal(criterion="channel_ablation", align=16, layer_floor=0.0, expert_floor=0),
+        "paper_a": PaperA(criterion="activation_norm", expert_weight="attribution", smoothing="sqrt4", alpha=0.9),
+        "uniform": UniformWidth(criterion="channel_ablation", align=16),
+        "reap": ExpertDropping(criterion="reap"),
+    }
+
+
+def test_a_method_passes_through():
+    method = PaperA(align=32, min_width=64)
+    assert build_method(method) is method
+
+
+@pytest.mark.parametrize("method", ["paper_b", "", 3, None, PaperA])
+def test_unknown_method_is_refused(method):
+    with pytest.raises(ValueError, match=r"one of \['exact_global', 'paper_a', 'uniform', 'reap'\], got"):
+        build_method(method)
+
+
+def test_settings_change_a_preset():
+    assert build_method("exact_global", align=32, layer_floor=0.1) == ExactGlobal(align=32, layer_floor=0.1)
+    assert build_method("reap", criterion="frequency") == ExpertDropping(criterion="frequency")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("uniform", {"min_width": 8}, r"The method 'uniform' has the settings \['align', 'criterion'\], got \['min_w"),
+        ("reap", {"align": 16}, r"The method 'reap' has the settings \['criterion'\], got \['align'\]"),
+        ("exact_global", {"align": 0}, "`align` must be a whole number >= 1, got 0"),
+        (PaperA(), {"align": 8}, r"a PruningMethod without settings or .* with the settings \['align'\]"),
+    ],
+)
+def test_bad_settings_of_a_preset_are_refused(method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_method(method, **settings)
+
+
+def test_methods_are_frozen_and_keyword_only():
+    with pytest.raises(FrozenInstanceError, match="align"):
+        ExactGlobal().align = 32  # pyright: ignore
+    with pytest.raises(TypeError, match="positional"):
+        ExactGlobal("channel_ablation")  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (ExactGlobal, {"criterion": "reap"}, r"`criterion` must be one of \['channel_ablation', .*\], got 'reap'"),
+        (ExactGlobal, {"align": 0}, "`align` must be a whole number >= 1, got 0"),
+        (ExactGlobal, {"layer_floor": -0.1}, r"`layer_floor` .* must be in \[0, 1\], got -0.1"),
+        (ExactGlobal, {"expert_floor": 1.5}, "`expert_floor` must be a whole number >= 0, got 1.5"),
+        (PaperA, {"criterion": "luck"}, "`criterion` must be one of .* got 'luck'"),
+        (PaperA, {"expert_weight": "camera"}, r"`expert_weight` must be one of \['attribution', .* got 'camera'"),
+        (PaperA, {"smoothing": "cubic"}, r"`smoothing` must be one of \['sqrt4', .* got 'cubic'"),
+        (PaperA, {"alpha": 1.0}, "`alpha` must be between 0 and 1, both excluded, got 1.0"),
+        (PaperA, {"min_width": 0}, "`min_width` must be a whole number >= 1, got 0"),
+        (PaperA, {"align": "16"}, "`align` must be a whole number >= 1, got '16'"),
+        (PaperA, {"layer_floor": 2}, r"`layer_floor` .* must be in \[0, 1\], got 2"),
+        (UniformWidth, {"criterion": "x"}, "`criterion` must be one of .* got 'x'"),
+        (UniformWidth, {"align": -1}, "`align` must be a whole number >= 1, got -1"),
+        (ExpertDropping, {"criterion": "camera"}, r"`criterion` must be one of \['attribution', .* got 'camera'"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        method(**settings)
+
+
+def test_plan_says_where_it_comes_from():
+    statistics = make_statistics(corpora=("prose", "code"))
+    plan = PaperA(min_width=8, align=8).plan(statistics, prune_ratio=0.5, corpora=["code"])
+    assert (plan.method, plan.prune_ratio, plan.align, plan.shape) == ("paper_a", 0.5, 8, statistics.shape)
+    assert plan.provenance["corpora"] == "code"
+    assert plan.provenance["statistics"] == statistics.digest
+    assert json.loads(plan.provenance["settings"])["expert_weight"] == "attribution"
+    assert ExactGlobal().plan(statistics, prune_ratio=0.5).provenance["corpora"] == "prose, code"
+
+
+def test_corpora_decide():
+    statistics = make_statistics(corpora=("prose", "code"))
+    plans = [ExactGlobal().plan(statistics, prune_ratio=0.5, corpora=names) for names in (["prose"], ["code"], None)]
+    assert len({plan.digest for plan in plans}) == 3
+    with pytest.raises(ValueError, match="`corpora` must name some of"):
+        ExactGlobal().plan(statistics, prune_ratio=0.5, corpora=["poems"])
+
+
+def test_a_method_of_ones_own():
+    @dataclass(frozen=True, kw_only=True)
+    class FirstExperts(PruningMethod):
+        align: int = 1
+        name: ClassVar[str] = "first"
+
+        def keep(self, statistics, *, prune_ratio, corpora):
+            return tuple(
+                torch.arange(layer.num_channels) < (1 - prune_ratio) * layer.num_channels
+                for layer in statistics.shape.layers
+            )
+
+    plan = build_method(FirstExperts()).plan(make_statistics(), prune_ratio=0.5)
+    assert plan.widths(0) == (32, 32, 32, 32, 0, 0, 0, 0)
+
+
+# --- what every method promises -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("shape", [{}, GROUPED, {"width": 33}])
+def test_ratio_zero_is_the_identity(name, shape):
+    plan = build_method(name).plan(make_statistics(**shape), prune_ratio=0.0)
+    assert plan.num_kept == plan.shape.num_channels
+    assert plan.achieved_prune_ratio == 0.0
+    assert plan.evicted(0) == ()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("prune_ratio", [1.0, -0.01, 2, float("nan"), "0.5"])
+def test_ratio_out_of_range_is_refused(name, prune_ratio):
+    with pytest.raises(ValueError, match=r"`prune_ratio` must be in \[0, 1\), got"):
+        build_method(name).plan(make_statistics(), prune_ratio=prune_ratio)
+
+
+@pytest.mark.parametrize("shape", [{"num_experts": 16}, GROUPED, {"num_experts": 16, "width": 48, "num_layers": 5}])
+@pytest.mark.parametrize("prune_ratio", [0.01, 0.2, 0.25, 0.4, 0.5, 0.6])
+@pytest.mark.parametrize("method", [ExactGlobal(), PaperA(), PaperA(align=8, min_width=16), ExactGlobal(align=1)])
+def test_budget_is_exact_and_widths_aligned(method, prune_ratio, shape):
+    statistics = make_statistics(**shape)
+    plan = method.plan(statistics, prune_ratio=prune_ratio)
+    total = statistics.shape.num_channels
+    assert plan.num_kept == round((1 - prune_ratio) * total) // method.align * method.align
+    assert all(width % method.align == 0 for index in range(len(plan.keep)) for width in plan.widths(index))
+
+
+@pytest.mark.parametrize("criterion", CHANNEL_CRITERIA)
+@pytest.mark.parametrize("method", [ExactGlobal, PaperA, UniformWidth])
+def test_every_channel_criterion_plans(method, criterion):
+    plan = method(criterion=criterion).plan(make_statistics(num_experts=16), prune_ratio=0.5)
+    assert plan.num_kept == plan.shape.num_channels // 2
+
+
+@pytest.mark.parametrize("criterion", EXPERT_CRITERIA)
+def test_every_expert_criterion_plans(criterion):
+    statistics = make_statistics(num_experts=16)
+    for method in (ExpertDropping(criterion=criterion), PaperA(expert_weight=criterion)):
+        assert method.plan(statistics, prune_ratio=0.5).num_kept == statistics.shape.num_channels // 2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("seed", range(3))
+def test_permuted_experts_and_channels_give_the_permuted_plan(name, seed):
+    statistics = make_statistics(num_layers=3, num_experts=16, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    order_E, inner = torch.randperm(16, generator=generator), torch.randperm(32, generator=generator)
+    order_C = (order_E[:, None] * 32 + inner).flatten()
+    method = build_method(name)
+    before = method.plan(statistics, prune_ratio=0.55)
+    after = method.plan(permuted(statistics, order_E=order_E, order_C=order_C), prune_ratio=0.55)
+    for keep_C, turned_C in zip(before.keep, after.keep, strict=True):
+        assert torch.equal(turned_C, keep_C[order_C])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_unit_of_the_statistics_does_not_matter(name):
+    # A corpus twice as long, or under two names, gives the same plan: sums double, maxima stay.
+    statistics = make_statistics(num_experts=16)
+    twice = replace(statistics, corpora={"a": statistics.corpora["text"], "b": statistics.corpora["text"]})
+    method = build_method(name)
+    assert method.plan(twice, prune_ratio=0.5).digest == method.plan(statistics, prune_ratio=0.5).digest
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_plan_survives_the_disk(name, tmp_path):
+    plan = build_method(name).plan(make_statistics(), prune_ratio=0.5)
+    plan.save(tmp_path / "plan.json")
+    assert PrunePlan.load(tmp_path / "plan.json").digest == plan.digest
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_impossible_ratio_names_a_layer(name):
+    # top_k = 8 of 8 experts: at least one block of 16 of 32 channels each.
+    statistics = make_statistics(num_experts=8, top_k=8)
+    if name == "uniform":
+        assert build_method(name).plan(statistics, prune_ratio=0.9).achieved_prune_ratio == 0.5
+        return
+    with pytest.raises(ValueError, match=r"model.layers.[01].mlp.experts.* 8 "):
+        build_method(name).plan(statistics, prune_ratio=0.9)
+
+
+# --- exact_global ---------------------------------------------------------------------------------------------------
+
+
+def test_exact_global_by_hand():
+    # Scores are channel_ablation * down_sq_norm: 1*4=4, 3*1=3 | 2*1=2, 1*1=1 || 5*2=10, 0 | 1*1=1, 1*6=6
+    statistics = hand_statistics(
+        shape_of([2, 2], [2, 2]),
+        layers=[
+            {"channel_ablation": [1, 3, 2, 1], "down_sq_norm": [4, 1, 1, 1]},
+            {"channel_ablation": [5, 0, 1, 1], "down_sq_norm": [2, 9, 1, 6]},
+        ],
+    )
+    plan = ExactGlobal(align=1).plan(statistics, prune_ratio=0.5)
+    assert [keep_C.int().tolist() for keep_C in plan.keep] == [[1, 1, 0, 0], [1, 0, 0, 1]]
+
+
+def test_super_experts_keep_a_block_unless_switched_off():
+    # Expert 3 of layer 0 contributes nothing to the ablation but has by far the largest output.
+    layers = [
+        {"channel_ablation": [9.0] * 6 + [0.0] * 2, "max_abs": [1, 1, 1, 500]},
+        {"channel_ablation": [9.0] * 8, "max_abs": [1, 1, 1, 1]},
+    ]
+    statistics = hand_statistics(shape_of([2] * 4, [2] * 4), layers=layers)
+    protected = ExactGlobal(align=2).plan(statistics, prune_ratio=0.5)
+    assert protected.widths(0)[3] == 2
+    bare = ExactGlobal(align=2, protect_super_experts=False).plan(statistics, prune_ratio=0.5)
+    assert bare.widths(0)[3] == 0
+    assert bare.num_kept == protected.num_kept == 8
+
+
+@pytest.mark.parametrize(("method", "settings"), [(ExactGlobal, {"align": 8}), (PaperA, {"align": 8, "min_width": 8})])
+def test_floors_hold(method, settings):
+    statistics = make_statistics(num_layers=3, num_experts=16)
+    # The last layer is nearly worthless, by every measure.
+    weak = [dict(layer) for layer in statistics.corpora["text"]]
+    for name in ("channel_ablation", "gate_sq", "up_sq", "hidden_sq", "layer_energy"):
+        weak[2][name] = weak[2][name] * 1e-6
+    statistics = replace(statistics, corpora={"text": tuple(weak)})
+    plan = method(layer_floor=0.4, expert_floor=5, **settings).plan(statistics, prune_ratio=0.5)
+    for index in range(3):
+        assert sum(plan.widths(index)) >= 0.4 * 16 * 32
+        assert min(plan.widths(index)) >= 8  # 5 channels are one block of 8
+    assert plan.num_kept == statistics.shape.num_channels // 2
+    with pytest.raises(ValueError, match="budget"):
+        method(layer_floor=0.6, **settings).plan(statistics, prune_ratio=0.5)
