@@ -1,0 +1,63 @@
+"""One look for all figures: sizes, colours that colour-blind readers can tell apart, safe text."""
+
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow, which is too pale on white.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, VERMILLION, BLACK, GREY = "#56B4E9", "#D55E00", "#000000", "#777777"
+CATEGORIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+LINES = ("-", "--", "-.", ":")
+
+_DPI = 144
+_LONGEST_LABEL = 40
+_MOST_TICKS = 12
+
+
+def new_figure(*, width: float = 9.0, height: float = 4.5) -> tuple[Figure, Axes]:
+    """A figure (inches) with one plain axes, not known to pyplot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plain(text: str) -> str:
+    """Text from a file as a label: no mathematics, no line breaks, not endless, never hidden from a legend."""
+    printable = "".join(character if character.isprintable() else " " for character in text).strip()
+    short = printable if len(printable) <= _LONGEST_LABEL else printable[: _LONGEST_LABEL - 1] + "…"
+    return ("\u200a" + short if short.startswith("_") else short).replace("$", r"\$")
+
+
+def layer_palette(num_layers: int) -> ListedColormap:
+    """One colour per layer, dark to light with depth."""
+    return ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, num_layers)))
+
+
+def add_layer_key(axes: Axes, *, labels: Sequence[str], palette: Colormap) -> None:
+    """A colour bar that says which colour is which layer."""
+    num_layers = len(labels)
+    norm = BoundaryNorm(np.arange(num_layers + 1) - 0.5, num_layers)
+    ticks = thin_ticks(num_layers)
+    bar = axes.figure.colorbar(ScalarMappable(norm=norm, cmap=palette), ax=axes, ticks=ticks, label="layer", pad=0.02)
+    bar.ax.set_yticks(ticks, labels=[plain(labels[index]) for index in ticks])
+    bar.ax.minorticks_off()
+
+
+def thin_ticks(count: int, *, most: int = _MOST_TICKS) -> list[int]:
+    """At most `most` evenly spaced indices below `count`, the first one included."""
+    return list(range(0, count, -(-count // most)))
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as PNG; the same figure gives the same bytes."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
