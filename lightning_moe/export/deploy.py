@@ -1,0 +1,235 @@
+"""Exports for deployment: each is written, reloaded, and its logits compared, before it counts as done."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_moe.adapters.merge import merge_adapters
+from lightning_moe.adapters.storage import AdapterDtype, load_adapter, save_adapter
+from lightning_moe.export.huggingface import save_ragged
+from lightning_moe.export.padded import export_padded
+from lightning_moe.files import folder_bytes, write_atomically
+from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.quantization.linears import quantize_model
+from lightning_moe.surgery.cut import convert_experts
+
+ExportFormat = Literal["adapter", "merged", "merged_nf4", "ragged", "nf4", "padded", "stock"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """One finished export.
+
+    Args:
+        format: which one.
+        base: folder of the model.
+        adapter: folder of the adapter, for `adapter`.
+        bytes: bytes of all its files.
+        max_logit_diff: largest difference between the logits before and after the reload.
+    """
+
+    format: ExportFormat
+    base: str
+    adapter: str | None
+    bytes: int
+    max_logit_diff: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types; `path` is the folder of the whole export."""
+        return {"path": str(Path(self.base).parent) if self.adapter else self.base} | asdict(self)
+
+    def describe(self) -> str:
+        """One line."""
+        size = f"{self.bytes / 1e6:.2f} MB"
+        return f"{self.base}, {size}, largest logit difference after reload {self.max_logit_diff:.1e}"
+
+
+def check_formats(formats: Sequence[str]) -> list[ExportFormat]:
+    """The formats, validated.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    unknown = [name for name in formats if name not in get_args(ExportFormat)]
+    if unknown:
+        raise ValueError(f"Unknown export format '{unknown[0]}'. Known: {', '.join(get_args(ExportFormat))}.")
+    return list(formats)  # pyright: ignore[reportReturnType]
+
+
+def export_model(
+    model: PreTrainedModel,
+    *,
+    folder: str | Path,
+    formats: Sequence[ExportFormat],
+    peft_model: PeftModel | None = None,
+    adapter_dtype: AdapterDtype = "float32",
+    dtype: DtypeName = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[ExportResult]:
+    """Writes a cut model, with or without injected adapters, in each format below `folder`.
+
+    Args:
+        model: the cut model (for `stock`, an uncut one).
+        folder: where the formats go, one subfolder each.
+        formats: what to write, in this order. `nf4` packs the model in place and so stands last.
+        peft_model: what injected its adapters, if it has any; the formats `adapter` and `merged*` need it.
+        adapter_dtype: type of the stored adapter, `float32` or `float16`.
+        dtype: stored type of unpacked matrices (embeddings, say); `auto` keeps the model's.
+        tokenizer: written beside each model, if given.
+
+    Returns:
+        One result per format.
+
+    Raises:
+        ValueError: a format asks for adapters and there are none, or a reload does not reproduce the logits.
+    """
+    wanted = [name for name in check_formats(formats) if name.startswith(("adapter", "merged"))]
+    if wanted and peft_model is None:
+        raise ValueError(f"Export format '{wanted[0]}' needs adapters and the model has none. Use `ragged` or `nf4`.")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    stored = model.dtype if dtype == "auto" else getattr(torch, dtype)
+    export = _Export(
+        model=model, peft_model=peft_model, folder=Path(folder), adapter_dtype=adapter_dtype, stored=stored
+    )
+    results = [export.write(name) for name in check_formats(formats)]
+    if tokenizer is not None:
+        for result in results:
+            tokenizer.save_pretrained(result.base)
+    return results
+
+
+@contextmanager
+def adapters_detached(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The base model inside the block: every adapter layer is replaced by its base layer, and put back afterwards."""
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, module in adapters.items():
+        model.set_submodule(name, module.get_base_layer())
+    try:
+        yield model
+    finally:
+        for name, module in adapters.items():
+            model.set_submodule(name, module)
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel) -> Tensor:
+    """Logits `[2, 32, V]` on fixed random tokens, in eval mode."""
+    config = model.config.get_text_config()
+    ids = torch.randint(0, int(config.vocab_size), (2, 32), generator=torch.Generator().manual_seed(0))
+    was_training = model.training
+    logits = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    model.train(was_training)
+    return logits
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Export:
+    """One model on its way to disk; `stored` is the type of unpacked matrices there."""
+
+    model: PreTrainedModel
+    peft_model: PeftModel | None
+    folder: Path
+    adapter_dtype: AdapterDtype
+    stored: torch.dtype
+
+    def write(self, format: ExportFormat) -> ExportResult:
+        """Writes, reloads and compares one format."""
+        target = self.folder / format
+        match format:
+            case "adapter":
+                return self._adapter(target, adapter_dtype=self.adapter_dtype, stored=self.stored)
+            case "merged" | "merged_nf4":
+                return self._merged(target, format)
+            case "stock":
+                return self._stock(target)
+            case "ragged" | "nf4" | "padded":
+                return self._plain(target, format)
+
+    def _adapter(self, target: Path, *, adapter_dtype: AdapterDtype, stored: torch.dtype) -> ExportResult:
+        """`base/` and `adapter/`: the packed or 16-bit model and its PEFT adapter."""
+        assert self.peft_model is not None
+        before = probe_logits(self.model)
+        save_adapter(self.peft_model, folder=target / "adapter", dtype=adapter_dtype)
+        with adapters_detached(self.model):
+            save_ragged(self.model, target / "base", dtype=stored)
+        reloaded = self._reload(target / "base")
+        load_adapter(reloaded, folder=target / "adapter")
+        rounded = adapter_dtype != "float32" or self._rounds(stored)
+        return _compared("adapter", target / "base", before, reloaded, adapter=target / "adapter", rounded=rounded)
+
+    def _merged(self, target: Path, format: ExportFormat) -> ExportResult:
+        """Adapters merged into a reloaded copy, so that the model in training stays as it is."""
+        with TemporaryDirectory(dir=self.folder) as scratch:
+            exported = self._adapter(Path(scratch), adapter_dtype="float32", stored=self.model.dtype)
+            base = self._reload(Path(exported.base))
+            merged = merge_adapters(load_adapter(base, folder=str(exported.adapter)), dtype=base.dtype)
+        before = probe_logits(self.model)
+        if format == "merged_nf4":
+            quantize_model(merged)
+            before = probe_logits(merged)
+        save_ragged(merged, target, dtype=self.stored)
+        return _compared(format, target, before, self._reload(target), rounded=self._rounds(self.stored))
+
+    def _plain(self, target: Path, format: ExportFormat) -> ExportResult:
+        """The model without adapters: ragged, packed, or zero-padded in the stock layout."""
+        with adapters_detached(self.model):
+            convert_experts(self.model)
+            if format == "nf4":
+                quantize_model(self.model)
+            before = probe_logits(self.model)
+            if format == "padded":
+                export_padded(self.model, target)
+            else:
+                save_ragged(self.model, target, dtype=self.stored)
+        return _compared(format, target, before, self._reload(target), rounded=self._rounds(self.stored))
+
+    def _stock(self, target: Path) -> ExportResult:
+        """An uncut model in transformers' own layout (after pretraining, say); the cast copy costs its size once."""
+        before = probe_logits(self.model)
+        with write_atomically(target) as temporary:
+            copy.deepcopy(self.model).to(self.stored).save_pretrained(temporary)  # pyright: ignore
+        return _compared("stock", target, before, self._reload(target), rounded=self._rounds(self.stored))
+
+    def _reload(self, folder: Path) -> PreTrainedModel:
+        return load_model(str(folder), dtype=str(self.model.dtype).removeprefix("torch."))  # pyright: ignore
+
+    def _rounds(self, stored: torch.dtype) -> bool:
+        """Whether storing loses digits."""
+        return stored.itemsize < self.model.dtype.itemsize
+
+
+def _compared(
+    format: ExportFormat,
+    base: Path,
+    before: Tensor,
+    reloaded: PreTrainedModel,
+    *,
+    rounded: bool,
+    adapter: Path | None = None,
+) -> ExportResult:
+    """The result of an export whose reload gives the same logits.
+
+    Raises:
+        ValueError: it does not; the tolerance is relative to the largest logit (wider where storing rounds).
+    """
+    difference = float((probe_logits(reloaded) - before).abs().max())
+    allowed = float(before.abs().max()) * (5e-2 if rounded else 1e-3)
+    if not difference <= allowed:
+        raise ValueError(
+            f"The export '{base}' does not reproduce the model: logits differ by {difference:.3g}, allowed "
+            f"{allowed:.3g}. It is left there for inspection; do not ship it."
+        )
+    size = folder_bytes(base) + (folder_bytes(adapter) if adapter else 0)
+    return ExportResult(
+        format=format, base=str(base), adapter=str(adapter) if adapter else None, bytes=size, max_logit_diff=difference
+    )

@@ -1,0 +1,225 @@
+"""Ragged folders through transformers' own quantizer registry.
+
+After `import lightning_moe`, stock `AutoModelForCausalLM.from_pretrained(folder)` rebuilds the cut structure from
+`config.json` before it loads weights: no model class of our own, no remote code.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+import lightning_moe.models.deepseek  # noqa: F401  (registers the model type)
+from lightning_moe.export.restoring import align_rows, check_tensors, restore_layers, restore_linears
+from lightning_moe.files import read_json, write_atomically, write_json
+from lightning_moe.models.channel_experts import ChannelExperts, DenseRows
+from lightning_moe.models.discovery import moe_layers
+
+QUANT_METHOD = "channel_moe"
+
+
+class ChannelMoeConfig(BitsAndBytesConfig):
+    """What `config.json` says of a cut model.
+
+    Args:
+        widths: name of each experts module -> channels of each of its experts (0: masked in a grouped router).
+        packed_experts: whether the expert rows are stored in NF4.
+        packed_linears: names of the Linear layers stored in bitsandbytes NF4.
+
+    Raises:
+        ValueError: a field is not of the type above, or a width is negative.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, Sequence[int]] | None = None,
+        packed_experts: bool = False,
+        packed_linears: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_storage=torch.uint8,
+        )
+        self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        self.widths = _checked_widths({} if widths is None else widths)
+        if not isinstance(packed_experts, bool):
+            raise ValueError(f"`packed_experts` in config.json must be true or false, got {packed_experts!r}.")
+        if not isinstance(packed_linears, list | tuple) or not all(isinstance(name, str) for name in packed_linears):
+            raise ValueError(f"`packed_linears` in config.json must be a list of module names, got {packed_linears!r}.")
+        self.packed_experts = packed_experts
+        self.packed_linears = list(packed_linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for `config.json`."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "widths": self.widths,
+            "packed_experts": self.packed_experts,
+            "packed_linears": self.packed_linears,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: every field is needed to reload."""
+        return self.to_dict()
+
+    def is_quantizable(self) -> bool:
+        """False: such a folder is already what it says."""
+        return False
+
+
+def _checked_widths(widths: object) -> dict[str, list[int]]:
+    if not isinstance(widths, Mapping):
+        raise ValueError(f"`widths` in config.json must map names of experts modules to lists, got {widths!r}.")
+    for name, values in widths.items():
+        is_list = isinstance(values, list | tuple)
+        if not is_list or any(not isinstance(width, int) or isinstance(width, bool) or width < 0 for width in values):
+            raise ValueError(f"`widths` of '{name}' in config.json must be a list of integers >= 0, got {values!r}.")
+    return {str(name): list(values) for name, values in widths.items()}
+
+
+class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
+    """Rebuilds the cut structure on the meta model; bitsandbytes' own code deserialises the packed Linear layers."""
+
+    requires_calibration = True
+
+    @property
+    def quantized_element_size(self) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """None: every stored tensor counts with its own element size."""
+        return None
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """The user's device map, unchanged (bitsandbytes would move a 16-bit ragged model to the GPU by itself)."""
+        return device_map
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The model's own type for each floating-point tensor; stored as it is where the target is packed (uint8).
+
+        bitsandbytes' rule keeps the stored type of everything called `weight`, packed or not.
+        """
+        is_float = param.is_floating_point() if isinstance(param, Tensor) else param.get_dtype().startswith(("F", "BF"))
+        return dtype if is_float and dtype is not None and dtype.is_floating_point else None
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """Runs in `save_pretrained` before the config is written: describes anew a model cut since it was loaded."""
+        model.config.quantization_config = quantization_config_of(model)
+        return None, {}
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        device_map: Any = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config = self.quantization_config
+        assert isinstance(config, ChannelMoeConfig)
+        restore_layers(model, widths=config.widths, packed=config.packed_experts)
+        restore_linears(model, names=config.packed_linears)
+        check_tensors(model, files=checkpoint_files or ())
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # Stored under the names of the modules: a plain `save_pretrained` has nothing to convert back.
+        model._weight_conversions = []  # pyright: ignore[reportArgumentType]
+        align_rows(model)
+        return model
+
+
+register_quantization_config(QUANT_METHOD)(ChannelMoeConfig)
+register_quantizer(QUANT_METHOD)(ChannelMoeQuantizer)
+
+
+def quantization_config_of(model: PreTrainedModel) -> ChannelMoeConfig:
+    """Describes a cut model in memory, for its `config.json`.
+
+    Raises:
+        ValueError: some layer still has stock experts, or some layers are packed and some are not.
+    """
+    experts: dict[str, ChannelExperts] = {}
+    for layer in moe_layers(model):
+        if not isinstance(layer.experts, ChannelExperts):
+            raise ValueError(f"'{layer.name}' is not cut: only a cut model is saved in this format. Cut it first.")
+        experts[layer.name] = layer.experts
+    packed = [name for name, module in experts.items() if module.packed]
+    if len(packed) not in (0, len(experts)):
+        raise ValueError(
+            f"{len(packed)} of {len(experts)} expert layers are in 4 bit, such as '{packed[0]}'. Pack all or none."
+        )
+    return ChannelMoeConfig(
+        widths={name: module.widths for name, module in experts.items()},
+        packed_experts=bool(packed),
+        packed_linears=[name for name, module in model.named_modules() if isinstance(module, Linear4bit)],
+    )
+
+
+def save_ragged(model: PreTrainedModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes a cut model (16 bit or NF4) so that stock `from_pretrained` loads it after `import lightning_moe`.
+
+    The folder appears when it is whole; an older model folder of that name is replaced. The model is left as it was.
+
+    Args:
+        model: the cut model, in memory.
+        folder: where it goes.
+        dtype: stored type of unpacked matrices (embeddings, Linear layers, expert rows); the model's own if None.
+            Routers, norms and quantisation constants keep theirs.
+
+    Raises:
+        ValueError: the model is not cut, or `folder` holds something other than a model.
+    """
+    config = quantization_config_of(model)
+    check_replaceable(folder)
+    with _described_by(model, config), write_atomically(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=_stored_tensors(model, dtype), save_original_format=False)
+        if dtype is not None:
+            declared = read_json(temporary / "config.json", what="model config")
+            write_json(temporary / "config.json", declared | {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def _stored_tensors(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor] | None:
+    """The state dict with its matrices cast, tied ones once; None where nothing is to be cast."""
+    if dtype is None or dtype == model.dtype:
+        return None
+    matrices = (nn.Linear, nn.Embedding, DenseRows)
+    weights = {
+        id(m.weight): m.weight for m in model.modules() if isinstance(m, matrices) and m.weight.is_floating_point()
+    }
+    cast = {weight.data_ptr(): weight.detach().to(dtype) for weight in weights.values()}
+    return {name: cast.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Refuses to replace what is not a model.
+
+    Raises:
+        ValueError: `folder` is a file, or a folder with content but no `config.json`.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"'{folder}' holds something other than a model and would be replaced. Name another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"'{folder}' is a file; a model needs a folder. Name another one.")
+
+
+@contextmanager
+def _described_by(model: PreTrainedModel, config: ChannelMoeConfig) -> Iterator[None]:
+    """The model with this quantization config inside the block, and with what it had before afterwards."""
+    owners = {"quantization_config": model.config, "hf_quantizer": model}
+    before = {name: vars(owner)[name] for name, owner in owners.items() if name in vars(owner)}
+    model.config.quantization_config = config
+    model.__dict__["hf_quantizer"] = ChannelMoeQuantizer(config, pre_quantized=True)
+    try:
+        yield
+    finally:
+        for name, owner in owners.items():
+            vars(owner).pop(name, None)
+        for name, value in before.items():
+            vars(owners[name])[name] = value

@@ -1,0 +1,131 @@
+"""Gives a stock model on the meta device the structure it was saved with, and checks it against the files.
+
+Everything here runs before memory is taken for a weight: what `config.json` and the headers of the files say is not
+trusted. E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_moe.files import read_shapes
+from lightning_moe.models.channel_experts import ChannelExperts, DenseRows
+from lightning_moe.models.discovery import MoeLayer, is_grouped, layer_shape, moe_layers
+from lightning_moe.models.routers import keep_router_rows, mask_router_rows
+from lightning_moe.quantization.linears import empty_linear4bit
+from lightning_moe.quantization.nf4 import PackedRows
+
+_QUANT_STATE = "quant_state.bitsandbytes__nf4"
+
+
+def restore_layers(model: PreTrainedModel, *, widths: Mapping[str, Sequence[int]], packed: bool) -> None:
+    """Swaps in ChannelExperts of the given widths and cuts or masks the routers.
+
+    Raises:
+        ValueError: the names are not those of the model's experts modules, or a layer's widths do not fit its router.
+    """
+    layers = {layer.name: layer for layer in moe_layers(model)}
+    if set(layers) != set(widths):
+        odd = sorted(set(layers) ^ set(widths))
+        raise ValueError(f"config.json declares widths for other experts modules than the model has: {odd[:4]}.")
+    for name, layer in layers.items():
+        _check_widths(layer, widths[name])
+        _restore_layer(layer, widths=widths[name], packed=packed)
+
+
+def _check_widths(layer: MoeLayer, widths: Sequence[int]) -> None:
+    stock = layer_shape(layer)
+    if is_grouped(layer) and len(widths) != stock.num_experts:
+        raise ValueError(
+            f"config.json: '{layer.name}' has a grouped router, which keeps all {stock.num_experts} experts (0 for an "
+            f"evicted one), got {len(widths)} widths."
+        )
+    if max(widths, default=0) > max(stock.widths):
+        raise ValueError(
+            f"config.json: '{layer.name}' has experts of at most {max(stock.widths)} channels, got {max(widths)}."
+        )
+    if not is_grouped(layer) and (len(widths) > stock.num_experts or 0 in widths):
+        raise ValueError(
+            f"config.json: '{layer.name}' may have at most {stock.num_experts} experts, each of width >= 1, "
+            f"got widths {list(widths)}."
+        )
+    if len(widths) < stock.top_k:
+        raise ValueError(f"config.json: '{layer.name}' needs top_k={stock.top_k} experts, got {len(widths)} widths.")
+
+
+def _restore_layer(layer: MoeLayer, *, widths: Sequence[int], packed: bool) -> None:
+    """Gives one stock layer the shape it was saved with."""
+    stock = layer.experts
+    _, hidden_size, _ = stock.get_parameter("down_proj").shape
+    dtype = stock.get_parameter("down_proj").dtype
+
+    def dense(num_rows: int, hidden: int) -> nn.Module:
+        return DenseRows(torch.empty(num_rows, hidden, dtype=dtype))
+
+    with torch.device("meta"):
+        experts = ChannelExperts(
+            widths=widths,
+            hidden_size=hidden_size,
+            act_fn=stock.get_submodule("act_fn"),
+            rows=PackedRows if packed else dense,
+        )
+    if is_grouped(layer):
+        evicted = [e for e, width in enumerate(widths) if width == 0]
+        layer.block.set_submodule(layer.family.router, mask_router_rows(layer.router, layer.family, evicted))
+    else:
+        keep_router_rows(layer.router, layer.family, range(len(widths)))
+    layer.block.set_submodule(layer.family.experts, experts)
+    with torch.device("cpu"):  # transformers calls this inside a meta context, where counting is not possible
+        layer_shape(layer).check_reachable(widths)
+
+
+def restore_linears(model: PreTrainedModel, *, names: Sequence[str]) -> None:
+    """Puts empty 4-bit layers in the place of these Linear layers.
+
+    Raises:
+        ValueError: the model has no Linear layer of such a name.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    unknown = [name for name in names if name not in linears]
+    if unknown:
+        raise ValueError(f"config.json: `packed_linears` names {unknown[:3]}, which are no Linear layers of the model.")
+    for name in names:
+        model.set_submodule(name, empty_linear4bit(linears[name]))
+
+
+def check_tensors(model: PreTrainedModel, *, files: Sequence[str]) -> None:
+    """Compares the headers of safetensors files with the model on the meta device.
+
+    Raises:
+        ValueError: a file is damaged, or a tensor is missing or has another shape.
+    """
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        return
+    stored: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        stored |= read_shapes(file, what="file of weights")
+    packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        if name in tied and name not in stored:
+            continue
+        expected = tuple(tensor.shape)
+        if name in packed:
+            expected = (packed[name].in_features * packed[name].out_features // 2, 1)
+            name = name if f"{name}.{_QUANT_STATE}" in stored else f"{name}.{_QUANT_STATE}"
+        if name not in stored:
+            raise ValueError(f"'{files[0]}' and its shards lack the tensor '{name}' of the model in config.json.")
+        if stored[name] != expected:
+            raise ValueError(
+                f"'{name}' has shape {stored[name]} in '{files[0]}' or its shards, but config.json declares {expected}."
+            )
+
+
+def align_rows(model: PreTrainedModel) -> None:
+    """Copies expert rows that lie unaligned in a mapped file: grouped products on the CPU want 16 bytes."""
+    for module in model.modules():
+        if isinstance(module, DenseRows) and module.weight.data_ptr() % 16:
+            module.weight.data = module.weight.data.clone()

@@ -1,0 +1,267 @@
+"""ChannelExperts: the experts of one layer as rows, each expert with its own number of channels.
+
+T tokens, H hidden, K experts per token, S = T*K routed pairs, E experts, C = sum of widths, G experts of equal width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby
+from typing import ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moe.models.grouped import FrozenGroupedMatmul, Routing, grouped_matmul
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+# (first row, one past the last row, dtype) -> rows [n, H]
+RowLoader = Callable[[int, int, torch.dtype], Tensor]
+
+
+class RowStorage(nn.Module, ABC):
+    """How the rows of one projection are stored."""
+
+    packed: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(channels, hidden)."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows `start:stop` as `[n, H]` of type `dtype`."""
+
+    @abstractmethod
+    def blocks(self, sizes: Sequence[int]) -> list[RowLoader]:
+        """One loader for each of the consecutive blocks of `sizes` rows; a loader counts from its block's first row."""
+
+    @abstractmethod
+    def select(self, index_C: Tensor) -> Self:
+        """New storage with the rows of `index_C`, in that order."""
+
+
+class DenseRows(RowStorage):
+    """Rows in a floating-point type: one parameter `weight [C, H]`."""
+
+    packed = False
+
+    def __init__(self, weight_CH: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_CH)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(channels, hidden)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows `start:stop` as `[n, H]`: a view where the type is already `dtype`."""
+        return self.weight[start:stop].to(dtype)
+
+    def blocks(self, sizes: Sequence[int]) -> list[RowLoader]:
+        """Views from one `split`: backward fills one gradient, where slices would each make one of all C rows."""
+        return [partial(_block_rows, block_nH) for block_nH in self.weight.split(list(sizes))]
+
+    def select(self, index_C: Tensor) -> "DenseRows":
+        """A new module with the rows of `index_C`, in that order."""
+        selected = DenseRows(self.weight.detach().index_select(0, index_C))
+        selected.weight.requires_grad_(self.weight.requires_grad)
+        return selected
+
+
+def _block_rows(block_nH: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    return (block_nH if (start, stop) == (0, len(block_nH)) else block_nH[start:stop]).to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthGroup:
+    """Experts of equal width: consecutive slots, one contiguous block of rows."""
+
+    first_slot: int
+    num_experts: int
+    width: int
+    first_row: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the block."""
+        return self.num_experts * self.width
+
+    @property
+    def last_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.num_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExpertRun:
+    """Neighbouring experts of one width, computed in one grouped product.
+
+    Args:
+        first: position of the first one in its width group.
+        width: n.
+        bounds: offsets of each expert's pairs in the run's own pairs (one more than experts).
+    """
+
+    first: int
+    width: int
+    bounds: tuple[int, ...]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.bounds) - 1
+
+    def load(self, loader: RowLoader, dtype: torch.dtype) -> Tensor:
+        """The run's rows of one projection as `[G, n, H]`."""
+        first_row = self.first * self.width
+        rows_CH = loader(first_row, first_row + self.num_experts * self.width, dtype)
+        return rows_CH.view(self.num_experts, self.width, -1)
+
+
+class ChannelExperts(nn.Module):
+    """Gated experts of unequal width with the experts signature of transformers 5.
+
+    Channel c of an expert is one row of `gate_proj`, of `up_proj` and of `down_proj` (stored transposed), so that
+    pruning is row selection. Experts are stored sorted by width; experts of equal width are one `[G, n, H]` view and
+    one grouped matrix product. Width 0 marks an expert that a masked router still counts but never chooses.
+
+    Args:
+        widths: channels of each expert, in the router's order.
+        hidden_size: H.
+        act_fn: activation of the gate projection: `h = act_fn(gate) * up`.
+        rows: builds the storage of one projection; called three times. Dense and uninitialised by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        hidden_size: int,
+        act_fn: nn.Module,
+        rows: Callable[[int, int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.widths = tuple(int(width) for width in widths)
+        self.hidden_size = hidden_size
+        self.act_fn = act_fn
+        self.slot_order = tuple(sorted(range(len(self.widths)), key=lambda e: (self.widths[e], e)))
+        sorted_widths = [self.widths[e] for e in self.slot_order]
+        self.groups = tuple(_width_groups(sorted_widths))
+        starts = dict(zip(self.slot_order, accumulate(sorted_widths[:-1], initial=0), strict=True))
+        self._first_row = tuple(starts[e] for e in range(len(self.widths)))
+        build = rows or (lambda num_rows, hidden: DenseRows(torch.empty(num_rows, hidden)))
+        for projection in PROJECTIONS:
+            self.add_module(projection, build(sum(self.widths), hidden_size))
+        self._slot_of_expert: dict[torch.device, Tensor] = {}
+
+    @property
+    def num_experts(self) -> int:
+        """Experts the router may name, width-0 ones included."""
+        return len(self.widths)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rows are stored in 4 bit."""
+        return self.projection("gate_proj").packed
+
+    def projection(self, name: str) -> RowStorage:
+        """The row storage called `name` (see PROJECTIONS)."""
+        return cast(RowStorage, self.get_submodule(name))
+
+    def slots(self, index_TK: Tensor) -> Tensor:
+        """Storage slot of each expert index (a lookup of E entries)."""
+        device = index_TK.device
+        if device not in self._slot_of_expert:
+            slot_E = torch.empty(self.num_experts, dtype=torch.int64)
+            slot_E[list(self.slot_order)] = torch.arange(self.num_experts)
+            self._slot_of_expert[device] = slot_E.to(device)
+        return self._slot_of_expert[device][index_TK]
+
+    def row_range(self, expert: int) -> tuple[int, int]:
+        """First row and one past the last row of an expert of the router's order."""
+        return self._first_row[expert], self._first_row[expert] + self.widths[expert]
+
+    def expert_matrices(self, expert: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and transposed down projection of one expert, each `[n, H]`."""
+        start, stop = self.row_range(expert)
+        gate_nH, up_nH, down_nH = (self.projection(name).rows(start, stop, dtype) for name in PROJECTIONS)
+        return gate_nH, up_nH, down_nH
+
+    def storage_order(self) -> Tensor:
+        """Row of each channel when channels are counted expert by expert in the router's order: int64 `[C]`."""
+        return torch.cat([torch.arange(*self.row_range(e)) for e in range(self.num_experts)])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`hidden [T, H], index [T, K], weights [T, K] -> [T, H]`, in the autocast type where autocast is on."""
+        device = hidden_states.device.type
+        autocast = torch.is_autocast_enabled(device)
+        # Cast here, not product by product: a backward that loads weights anew runs outside autocast.
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
+        routing = Routing.sort(self.slots(top_k_index), num_slots=self.num_experts)
+        sorted_SH = self._sorted_output(hidden_states.to(dtype)[routing.token_S], routing)
+        return routing.combine(sorted_SH, top_k_weights).to(hidden_states.dtype)
+
+    def _sorted_output(self, input_SH: Tensor, routing: Routing) -> Tensor:
+        """Output of each routed pair, sorted by slot: `[S, H] -> [S, H]`."""
+        sizes = [group.num_rows for group in self.groups]
+        loaders = zip(*(self.projection(name).blocks(sizes) for name in PROJECTIONS), strict=True)
+        pieces = []
+        for group, loaders_of_group in zip(self.groups, loaders, strict=True):
+            bounds = routing.bounds[group.first_slot : group.first_slot + group.num_experts + 1]
+            group_SH = input_SH[bounds[0] : bounds[-1]]
+            if group.width == 0:
+                pieces.append(torch.zeros_like(group_SH))
+            elif len(group_SH):
+                pieces.extend(self._group_output(group, loaders_of_group, group_SH, bounds))
+        return torch.cat(pieces) if pieces else input_SH
+
+    def _group_output(
+        self, group: WidthGroup, loaders: tuple[RowLoader, ...], input_SH: Tensor, bounds: tuple[int, ...]
+    ) -> Iterator[Tensor]:
+        """Output of the experts of one width on their own tokens, run by run: `[S, H]` each."""
+        load_gate, load_up, load_down = loaders
+        for first, last in _hit_runs(bounds, sparse=self.packed):
+            start, stop = bounds[first], bounds[last]
+            local = tuple(bound - start for bound in bounds[first : last + 1])
+            run = _ExpertRun(first=first, width=group.width, bounds=local)
+            run_SH = input_SH[start - bounds[0] : stop - bounds[0]]
+            gate_Sn = self._matmul(load_gate, run, run_SH, transpose=True)
+            up_Sn = self._matmul(load_up, run, run_SH, transpose=True)
+            yield self._matmul(load_down, run, self.act_fn(gate_Sn) * up_Sn, transpose=False)
+
+    def _matmul(self, loader: RowLoader, run: _ExpertRun, input_Sk: Tensor, *, transpose: bool) -> Tensor:
+        """Grouped product with the rows of a run of experts; packed rows are not kept for backward."""
+
+        def load() -> Tensor:
+            weight_GnH = run.load(loader, input_Sk.dtype)
+            return weight_GnH.transpose(1, 2) if transpose else weight_GnH
+
+        if self.packed and torch.is_grad_enabled() and input_Sk.requires_grad:
+            return cast(Tensor, FrozenGroupedMatmul.apply(input_Sk, load, run.bounds))
+        return grouped_matmul(input_Sk, load(), run.bounds)
+
+    def extra_repr(self) -> str:
+        """Experts, channels and the widths in use."""
+        distinct = sorted(set(self.widths))
+        return f"num_experts={self.num_experts}, channels={sum(self.widths)}, distinct widths={distinct}"
+
+
+def _width_groups(sorted_widths: Sequence[int]) -> Iterator[WidthGroup]:
+    slot = row = 0
+    for width, members in groupby(sorted_widths):
+        count = len(list(members))
+        yield WidthGroup(first_slot=slot, num_experts=count, width=width, first_row=row)
+        slot, row = slot + count, row + count * width
+
+
+def _hit_runs(bounds: tuple[int, ...], *, sparse: bool) -> list[tuple[int, int]]:
+    """Runs of experts to compute: all at once, or only the hit ones where few are hit and loading costs (4 bit)."""
+    num_experts = len(bounds) - 1
+    hit = [g for g in range(num_experts) if bounds[g] < bounds[g + 1]]
+    if not sparse or 2 * len(hit) > num_experts:
+        return [(0, num_experts)]
+    return [(g, g + 1) for g in hit]

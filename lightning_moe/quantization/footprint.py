@@ -1,0 +1,79 @@
+"""What a model stores and what a token uses.  E experts of a layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_moe.models.channel_experts import PROJECTIONS
+from lightning_moe.models.discovery import expert_widths, moe_layers
+from lightning_moe.models.routers import without_adapter
+from lightning_moe.quantization.nf4 import PackedRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Sizes of one model.
+
+    Args:
+        stored_params: logical parameters (a 4-bit weight counts as one; quantisation constants and adapters do not).
+        active_params: parameters a token uses on average: everything but the routed experts, plus the channels of the
+            experts it is routed to.
+        tensor_bytes: bytes of all parameters and buffers in memory, shared ones once.
+    """
+
+    stored_params: int
+    active_params: float
+    tensor_bytes: int
+
+
+def measure_footprint(model: PreTrainedModel, *, usage: Mapping[str, Tensor] | None = None) -> Footprint:
+    """Counts a model in memory.
+
+    Args:
+        model: dense, cut or packed.
+        usage: name of each experts module -> share of tokens routed to each expert `[E]` (sums to top-k), as measured
+            on text. Without it every expert is taken to be used equally often.
+    """
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    modules = [module for name, module in model.named_modules() if "lora_" not in name]
+    stored = sum(_logical_size(module) for module in modules) - _tied_parameters(model)
+    expert_params = active_expert_params = 0.0
+    for layer in moe_layers(model):
+        widths = expert_widths(layer.base_experts)
+        uniform = [int(without_adapter(layer.router).top_k) / len(widths)] * len(widths)  # pyright: ignore
+        share_E = usage[layer.name].tolist() if usage is not None else uniform
+        expert_params += len(PROJECTIONS) * hidden_size * sum(widths)
+        active_expert_params += (
+            len(PROJECTIONS) * hidden_size * sum(share * width for share, width in zip(share_E, widths, strict=True))
+        )
+    return Footprint(
+        stored_params=int(stored),
+        active_params=stored - expert_params + active_expert_params,
+        tensor_bytes=_tensor_bytes(model),
+    )
+
+
+def _logical_size(module: nn.Module) -> int:
+    """Parameters that belong to this module itself, counted before packing."""
+    if isinstance(module, PackedRows):
+        return module.shape[0] * module.shape[1]
+    if isinstance(module, bnb.nn.Linear4bit):
+        bias = 0 if module.bias is None else module.out_features
+        return module.in_features * module.out_features + bias
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _tied_parameters(model: PreTrainedModel) -> int:
+    """Parameters that `_logical_size` met once too often: a head that shares the embedding's weight."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head.weight.numel() if head is not None and head.weight is embedding.weight else 0  # pyright: ignore
+
+
+def _tensor_bytes(model: PreTrainedModel) -> int:
+    seen: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

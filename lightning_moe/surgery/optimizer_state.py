@@ -1,0 +1,30 @@
+"""Carry an optimizer across a cut: same object, same groups, the state of what stays."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_moe.surgery.cut import RowSelection
+
+
+def follow_cut(optimizers: Iterable[Optimizer], *, replaced: Sequence[RowSelection]) -> None:
+    """Swaps cut parameters inside their groups and selects the same rows of their state (Adam's moments, say).
+
+    State of the parameter's own shape is cut like the parameter; anything else (the step count) is kept. Gradients of
+    the old parameters are dropped: call it between steps.
+    """
+    by_old = {id(selection.old): selection for selection in replaced}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [by_old[id(p)].new if id(p) in by_old else p for p in group["params"]]
+        for selection in replaced:
+            state = optimizer.state.pop(selection.old, None)
+            if state is not None:
+                optimizer.state[selection.new] = {key: _cut(value, selection) for key, value in state.items()}
+
+
+def _cut(value: object, selection: RowSelection) -> object:
+    if isinstance(value, torch.Tensor) and value.shape == selection.old.shape:
+        return value.index_select(selection.dim, selection.index.to(value.device))
+    return value

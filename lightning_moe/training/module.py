@@ -1,0 +1,242 @@
+"""LightningModules: a language model trained whole, and one recovered through its adapters."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from lightning_moe.adapters.groups import trainable_groups
+from lightning_moe.evaluation.perplexity import update_perplexity
+from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.training.optim import OptimizerName, ScheduleName, build_optimizer, build_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Constructor arguments that both modules share."""
+
+    source: str
+    from_scratch: bool
+    dtype: DtypeName
+    optimizer: OptimizerName
+    weight_decay: float
+    betas: tuple[float, float]
+    schedule: ScheduleName
+    warmup_ratio: float
+    router_loss: float
+    gradient_checkpointing: bool
+
+
+class LanguageModelModule(LightningModule):
+    """A causal language model with next-token loss, per-corpus perplexity, AdamW and a warmup schedule.
+
+    Args:
+        source: Folder, `asset:small_moe` or hub name of the model.
+        from_scratch: Start from random weights in the shape of the source's config.
+        dtype: Type of the weights; `auto` keeps the stored one.
+        learning_rate: Peak learning rate.
+        optimizer: `adamw`, `adamw8bit` or `paged_adamw8bit` (the last needs a GPU).
+        weight_decay: Decoupled weight decay.
+        betas: Adam's decay rates.
+        schedule: `linear` or `cosine` decay after the warmup, or `constant_with_warmup`.
+        warmup_ratio: Share of the optimizer steps spent warming up.
+        router_loss: Coefficient of transformers' load-balancing loss; 0 leaves it out.
+        gradient_checkpointing: Recompute each decoder layer in backward.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        from_scratch: bool = False,
+        dtype: DtypeName = "auto",
+        learning_rate: float = 1e-4,
+        optimizer: OptimizerName = "adamw",
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: ScheduleName = "linear",
+        warmup_ratio: float = 0.1,
+        router_loss: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.settings = _Settings(
+            source=source,
+            from_scratch=from_scratch,
+            dtype=dtype,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            betas=betas,
+            schedule=schedule,
+            warmup_ratio=warmup_ratio,
+            router_loss=router_loss,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.learning_rate = learning_rate
+        self.model: PreTrainedModel | None = None
+        self.perplexity: nn.ModuleDict = nn.ModuleDict()
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The loaded model; `configure_model` must have run."""
+        if self.model is None:
+            raise ValueError("The model is not loaded yet: call `configure_model()` first.")
+        return self.model
+
+    @override
+    def configure_model(self) -> None:
+        """Loads the model once; later calls change nothing."""
+        if self.model is not None:
+            return
+        settings = self.settings
+        self.model = load_model(settings.source, dtype=settings.dtype, from_scratch=settings.from_scratch)
+        if settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.router_loss:
+            self.model.config.router_aux_loss_coef = settings.router_loss  # pyright: ignore[reportAttributeAccessIssue]
+
+    @override
+    def on_fit_start(self) -> None:
+        """Pretrained models come in eval mode and Lightning keeps that; training wants `train()`."""
+        self.language_model.train()
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean next-token loss of the batch, in nats."""
+        outputs = self.language_model(**batch, use_cache=False, output_router_logits=self.settings.router_loss > 0)
+        self.log("train_loss", outputs.loss, prog_bar=True)
+        return outputs.loss
+
+    @override
+    def on_validation_start(self) -> None:
+        """One perplexity per validation corpus."""
+        for name in self._validation_names():
+            if name not in self.perplexity:
+                self.perplexity[name] = Perplexity(ignore_index=-100).to(self.device)
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds the batch's next-token probabilities to its corpus's perplexity."""
+        logits = self.language_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        metric = self.perplexity[self._validation_names()[dataloader_idx]]
+        update_perplexity(metric, logits, batch["labels"])
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Logs `perplexity/<corpus>`, `nll/<corpus>` (nats per token) and their mean over corpora as `nll`."""
+        perplexity = {name: metric.compute() for name, metric in self.perplexity.items()}
+        for name, value in perplexity.items():
+            self.log(f"perplexity/{name}", value, sync_dist=False)
+            self.log(f"nll/{name}", value.log(), sync_dist=False)
+            self.perplexity[name].reset()
+        self.log("nll", torch.stack(list(perplexity.values())).log().mean(), prog_bar=True, sync_dist=False)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All trainable parameters in one group."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"name": "model", "params": parameters, "lr": self.learning_rate}]
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over `parameter_groups` and the warmup schedule, stepped every optimizer step."""
+        settings = self.settings
+        optimizer = build_optimizer(
+            self.parameter_groups(), name=settings.optimizer, weight_decay=settings.weight_decay, betas=settings.betas
+        )
+        schedule = build_schedule(
+            optimizer,
+            name=settings.schedule,
+            warmup_ratio=settings.warmup_ratio,
+            num_steps=int(self.trainer.estimated_stepping_batches),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _validation_names(self) -> tuple[str, ...]:
+        """Names of the validation corpora, where the data module has them; numbers otherwise."""
+        loaders = self.trainer.val_dataloaders or []
+        names = self.trainer.datamodule.validation_names  # pyright: ignore[reportAttributeAccessIssue]
+        return tuple(names)[: len(loaders)]
+
+
+class RecoveryModule(LanguageModelModule):
+    """A cut, packed model whose adapters are trained: experts and router each at their own learning rate.
+
+    The adapters come from the `Recovery` callback. Checkpoints hold the trained parameters only; the base is rebuilt
+    by the callbacks on resume.
+
+    Args:
+        source: Folder, `asset:small_moe` or hub name of the model: dense (the callbacks cut and pack it) or pruned.
+        dtype: Type of the weights that are not packed; `auto` keeps the stored one.
+        expert_learning_rate: Peak rate of the adapters of routed and shared experts (paper A: 1e-4).
+        router_learning_rate: Peak rate of the router's adapters (paper A: 1e-6).
+        attention_learning_rate: Peak rate of attention adapters and norms, where there are any.
+        optimizer: `adamw`, `adamw8bit` or `paged_adamw8bit` (the last needs a GPU).
+        weight_decay: Decoupled weight decay.
+        betas: Adam's decay rates.
+        schedule: `linear` or `cosine` decay after the warmup, or `constant_with_warmup`.
+        warmup_ratio: Share of the optimizer steps spent warming up.
+        gradient_checkpointing: Recompute each decoder layer in backward; on at real sizes.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        dtype: DtypeName = "auto",
+        expert_learning_rate: float = 1e-4,
+        router_learning_rate: float = 1e-6,
+        attention_learning_rate: float = 1e-4,
+        optimizer: OptimizerName = "adamw",
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: ScheduleName = "linear",
+        warmup_ratio: float = 0.1,
+        gradient_checkpointing: bool = True,
+    ) -> None:
+        super().__init__(
+            source=source,
+            dtype=dtype,
+            learning_rate=expert_learning_rate,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            betas=betas,
+            schedule=schedule,
+            warmup_ratio=warmup_ratio,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.save_hyperparameters()
+        self.strict_loading = False
+        self.learning_rates = {
+            "experts": expert_learning_rate,
+            "shared_experts": expert_learning_rate,
+            "router": router_learning_rate,
+            "attention": attention_learning_rate,
+            "norms": attention_learning_rate,
+        }
+
+    @override
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group per kind of adapter, each at its own learning rate.
+
+        Raises:
+            ValueError: nothing is trainable: the `Recovery` callback is missing.
+        """
+        groups = trainable_groups(self.language_model)
+        if not groups:
+            raise ValueError("Nothing is trainable: put `callbacks.Recovery` into `trainer.callbacks`.")
+        return [{"name": name, "params": group, "lr": self.learning_rates[name]} for name, group in groups.items()]
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the trained parameters only."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}

@@ -1,0 +1,101 @@
+"""Files appear whole or not at all, and a damaged one is named."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_moe.files import (
+    digest_of_tensors,
+    folder_bytes,
+    read_json,
+    read_shapes,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path) -> None:
+    target = tmp_path / "new" / "file.txt"
+    with write_atomically(target) as temporary:
+        temporary.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert [file.name for file in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_an_exception_leaves_the_old_file_and_no_rest(tmp_path) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+
+    def fail() -> None:
+        with write_atomically(target) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert target.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def write_folder(target: Path, name: str) -> None:
+    with write_atomically(target) as temporary:
+        temporary.mkdir()
+        (temporary / name).write_text(name)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path) -> None:
+    write_folder(tmp_path / "model", "first")
+    write_folder(tmp_path / "model", "second")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["second"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_is_back_when_its_replacement_cannot_be_moved(tmp_path, monkeypatch) -> None:
+    write_folder(tmp_path / "model", "first")
+
+    replace = os.replace
+
+    def refuse_new(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".tmp":
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_new)
+    with pytest.raises(OSError, match="no"):
+        write_folder(tmp_path / "model", "second")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["first"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_json_and_tensors_come_back(tmp_path) -> None:
+    write_json(tmp_path / "a.json", {"b": [1, 2]})
+    assert read_json(tmp_path / "a.json", what="thing") == {"b": [1, 2]}
+    tensors = {"x": torch.arange(6).view(2, 3).T, "y": torch.zeros(0)}
+    write_tensors(tmp_path / "a.safetensors", tensors, metadata={"kind": "test", "list": [1]})
+    found, metadata = read_tensors(tmp_path / "a.safetensors", what="thing")
+    assert torch.equal(found["x"], tensors["x"])
+    assert metadata == {"kind": "test", "list": [1]}
+    assert read_shapes(tmp_path / "a.safetensors", what="thing") == {"x": (3, 2), "y": (0,)}
+    assert folder_bytes(tmp_path) == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert folder_bytes(tmp_path / "a.json") == (tmp_path / "a.json").stat().st_size
+
+
+def test_digest_depends_on_names_types_and_values() -> None:
+    base = {"a": torch.ones(2), "b": torch.zeros(1)}
+    assert digest_of_tensors(base) == digest_of_tensors(dict(reversed(base.items())))
+    others = [{"a": torch.ones(2)}, base | {"a": torch.ones(2, dtype=torch.float64)}, base | {"a": torch.ones(1, 2)}]
+    assert len({digest_of_tensors(other) for other in [base, *others]}) == 4
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors, read_shapes], ids=lambda read: read.__name__)
+def test_missing_and_damaged_files_are_named(read, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"There is no thing at '.*gone'"):
+        read(tmp_path / "gone", what="thing")
+    (tmp_path / "bad").write_bytes(b"{\xff\xff")
+    with pytest.raises(ValueError, match=r"'.*bad' is not a readable thing: "):
+        read(tmp_path / "bad", what="thing")
