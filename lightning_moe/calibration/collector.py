@@ -1,0 +1,240 @@
+"""Calibration: one ordinary forward pass over text gives every statistic (method, section 1).
+
+B sequences, S tokens of one, T = B*S tokens, K experts per token, E experts, H hidden.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lightning_moe.calibration.measure import CountedTokens, LayerMeasurement, router_sums, weight_norms
+from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
+from lightning_moe.models.discovery import MoeLayer, model_shape, moe_layers
+from lightning_moe.records import CalibrationStatistics
+
+log = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+
+
+class CalibrationCollector(LayerObserver):
+    """Adds up the statistics of every MoE layer while the model runs on text.
+
+    A context manager: inside it the model is in eval mode and its experts are computed by us (same output), expert by
+    expert; outside it the model is as it was, also after an exception.
+
+        with CalibrationCollector(model) as collector:
+            for batch in loader:
+                with collector.batch(corpus="code", attention_mask=batch["attention_mask"]):
+                    model.get_decoder()(**batch, use_cache=False)
+        statistics = collector.statistics()
+
+    Sums of a batch are taken in float32 (float64 for a float64 model) and added up in float64, so neither the order
+    nor the size of the batches matters. Only one layer's activations are held at a time.
+
+    Args:
+        model: a model of a known family; stock experts, ChannelExperts or packed ones.
+        moments: take the [E, H] and [E, E] sums too (output_sum, output_sq, input_sq, output_gram).
+
+    Raises:
+        ValueError: unknown family, or weights that are not in memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, moments: bool = True) -> None:
+        self.model = model
+        self.moments = moments
+        self.layers = moe_layers(model)
+        self._sums: dict[str, list[dict[str, Tensor]]] = {}
+        self._num_batches: dict[str, int] = {}
+        self._stack: ExitStack | None = None
+        self._corpus: str | None = None
+        self._mask: Tensor | None = None
+        self._tokens: CountedTokens | None = None
+        self._current: LayerMeasurement | None = None
+        self._finite: list[tuple[int, Tensor]] = []
+
+    def __enter__(self) -> Self:
+        """Takes over the experts."""
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(observed(self.layers, observer=self))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Gives the experts back."""
+        if self._stack is not None:
+            self._stack.close()
+        self._stack = None
+
+    @contextmanager
+    def batch(self, *, corpus: str, attention_mask: Tensor | None = None) -> Iterator[None]:
+        """Run the model on one batch inside this context (gradients are off there).
+
+        Args:
+            corpus: the name under which its statistics are kept.
+            attention_mask: `[B, S]`, 0 for padding, which never counts; every token counts when not given.
+
+        Raises:
+            ValueError: used outside the collector's context, a mask of another form, the model was not run, or the
+                activations of a layer hold NaN or infinity (the message names layer, corpus and batch).
+        """
+        self._check_batch(corpus, attention_mask)
+        self._corpus, self._mask, self._tokens, self._finite = corpus, attention_mask, None, []
+        self._num_batches[corpus] = self._num_batches.get(corpus, 0) + 1
+        self._sums.setdefault(corpus, [{} for _ in self.layers])
+        try:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                yield
+            self._check_finite(corpus)
+        finally:
+            self._corpus = self._mask = self._tokens = self._current = None
+
+    def statistics(self) -> CalibrationStatistics:
+        """Everything that was added up so far.
+
+        Raises:
+            ValueError: no batch was run, or a corpus has no token that is not padding.
+        """
+        if not self._sums:
+            raise ValueError("Calibration saw 0 batches. Run the model inside `collector.batch(corpus=...)` first.")
+        for corpus, layers in self._sums.items():
+            if not all(layers) or not all(float(sums["num_tokens"]) for sums in layers):
+                raise ValueError(
+                    f"Corpus '{corpus}' has 0 tokens that are not padding. Give it text, and check its attention mask."
+                )
+        return CalibrationStatistics(
+            shape=model_shape(self.model),
+            corpora={
+                corpus: tuple({name: value.cpu() for name, value in sums.items()} for sums in layers)
+                for corpus, layers in self._sums.items()
+            },
+            weights=tuple(weight_norms(layer.experts) for layer in self.layers),
+        )
+
+    def end_router(self, layer: MoeLayer, logits_TE: Tensor) -> None:
+        """Adds the router's probabilities."""
+        tokens = self._counted_tokens(layer, logits_TE)
+        self._add(layer, router_sums(tokens.select(logits_TE), score=layer.family.score))
+
+    def run_experts(self, layer: MoeLayer, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Computes the experts and keeps what the end of the layer needs."""
+        tokens = self._counted_tokens(layer, hidden_TH)
+        self._current = LayerMeasurement(layer.experts, tokens=tokens, moments=self.moments)
+        return self._current.run(hidden_TH, index_TK, weights_TK)
+
+    def end_layer(self, layer: MoeLayer, output_TH: Tensor) -> None:
+        """Adds the layer's sums and drops its activations."""
+        if self._current is None:
+            raise ValueError(f"'{layer.name}' ended without a call of its experts. Run the whole decoder layer.")
+        scale = layer.family.output_scale(self.model.config.get_text_config())
+        self._add(layer, self._current.finish(output_TH, scale=scale))
+        self._current = None
+
+    def _add(self, layer: MoeLayer, sums: Mapping[str, Tensor]) -> None:
+        assert self._corpus is not None
+        totals = self._sums[self._corpus][layer.index]
+        for name, value in sums.items():
+            value = value.double()
+            if name not in totals:
+                totals[name] = value.clone()
+            elif name.startswith("max_"):
+                torch.maximum(totals[name], value, out=totals[name])
+            else:
+                totals[name] += value
+        finite = torch.stack([value.double().sum() for value in sums.values()]).isfinite().all()
+        self._finite.append((layer.index, finite))
+
+    def _counted_tokens(self, layer: MoeLayer, like_TX: Tensor) -> CountedTokens:
+        if self._corpus is None:
+            raise ValueError(f"'{layer.name}' ran outside a batch. Run the model inside `collector.batch(corpus=...)`.")
+        num_tokens = len(like_TX)
+        if self._mask is not None and self._mask.numel() != num_tokens:
+            raise ValueError(
+                f"`attention_mask` of shape {tuple(self._mask.shape)} does not fit a batch of {num_tokens} tokens. "
+                "Give the mask of this batch, one number per token, and run the model without a cache."
+            )
+        if self._tokens is None:
+            self._tokens = CountedTokens.from_mask(self._mask, num_tokens=num_tokens, device=like_TX.device)
+        return self._tokens
+
+    def _check_batch(self, corpus: str, attention_mask: Tensor | None) -> None:
+        if self._stack is None:
+            raise ValueError("The collector is not active. Use it as `with CalibrationCollector(model) as collector:`.")
+        if not isinstance(corpus, str) or not corpus:
+            raise ValueError(f"`corpus` must be a name, got {corpus!r}.")
+        if self._corpus is not None:
+            raise ValueError(f"A batch of corpus '{self._corpus}' is still open. Leave it before the next one begins.")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"`attention_mask` must be [B, S] with 0 for padding, got {tuple(attention_mask.shape)}.")
+
+    def _check_finite(self, corpus: str) -> None:
+        """One host sync a batch."""
+        number = self._num_batches[corpus]
+        if not self._finite:
+            raise ValueError(f"Batch {number} of corpus '{corpus}' did not run the model. Call it inside the context.")
+        device = self._finite[0][1].device
+        finite = torch.stack([flag.to(device) for _, flag in self._finite]).tolist()
+        broken = [index for (index, _), flag in zip(self._finite, finite, strict=True) if not flag]
+        if broken:
+            raise ValueError(
+                f"{self.layers[min(broken)].name}: NaN or infinity in batch {number} of corpus '{corpus}'. "
+                "Calibrate in bfloat16 or float32, and look at the weights."
+            )
+
+
+def collect_statistics(
+    model: PreTrainedModel,
+    *,
+    loaders: Mapping[str, Iterable[Batch]],
+    moments: bool = True,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> CalibrationStatistics:
+    """Runs the decoder (not the language-model head) over every corpus and returns the statistics.
+
+    Args:
+        model: a model of a known family.
+        loaders: corpus name -> batches with `input_ids` [B, S] and, where there is padding, `attention_mask` [B, S].
+        moments: take the [E, H] and [E, E] sums too.
+        device: where the batches go; the model's device when not given.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no corpus, an empty loader, a corpus of padding only, NaN or infinity in a layer.
+    """
+    if not loaders:
+        raise ValueError("Calibration needs at least one corpus, got none.")
+    decoder = model.get_decoder()
+    with CalibrationCollector(model, moments=moments) as collector:
+        for corpus, inputs in decoder_inputs(loaders, device=device or model.device, progress=progress):
+            with collector.batch(corpus=corpus, attention_mask=inputs.get("attention_mask")):
+                decoder(**inputs, use_cache=False)
+        return collector.statistics()
+
+
+def decoder_inputs(
+    loaders: Mapping[str, Iterable[Batch]], *, device: torch.device | str, progress: bool, title: str = "Calibrating"
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Corpus and decoder inputs of every batch, corpus by corpus, under a progress bar.
+
+    Raises:
+        ValueError: a loader is empty, or all tokens of a corpus are padding.
+    """
+    for corpus, loader in loaders.items():
+        counted = num_batches = 0
+        for batch in tqdm(loader, desc=f"{title}: {corpus}", disable=not progress, leave=False):
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+            mask = inputs.get("attention_mask")
+            counted += inputs["input_ids"].numel() if mask is None else int(mask.count_nonzero())
+            num_batches += 1
+            yield corpus, inputs
+        if counted == 0:
+            what = "only padding" if num_batches else "no batch"
+            raise ValueError(f"Corpus '{corpus}' has {what}. Give it text, or leave it out.")

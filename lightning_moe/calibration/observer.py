@@ -1,0 +1,109 @@
+"""Stand in for the experts of a model during a forward pass, and leave nothing behind.
+
+T tokens, K experts per token, E experts, H hidden.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from lightning_moe.models.channel_experts import ChannelExperts
+from lightning_moe.models.discovery import MoeLayer
+
+ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class LayerObserver(ABC):
+    """Replaces the experts' computation of some layers and sees what happens around it."""
+
+    @abstractmethod
+    def run_experts(self, layer: MoeLayer, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Called in place of the experts; returns their output `[T, H]`."""
+
+    @abstractmethod
+    def end_layer(self, layer: MoeLayer, output_TH: Tensor) -> None:
+        """Called when the decoder layer is done, with its output (residual included)."""
+
+    def end_router(self, layer: MoeLayer, logits_TE: Tensor) -> None:
+        """Called when the router is done."""
+        del layer, logits_TE
+
+
+@contextmanager
+def observed(layers: Sequence[MoeLayer], *, observer: LayerObserver) -> Iterator[None]:
+    """Hands every forward of these layers to `observer`; everything is as before afterwards, also after an exception.
+
+    Raises:
+        ValueError: weights are not in memory, or adapters are around the experts.
+    """
+    for layer in layers:
+        _check_experts(layer)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_replaced_forward(layer.experts, _experts_forward(layer, observer)))
+            stack.callback(layer.router.register_forward_hook(_router_hook(layer, observer)).remove)
+            stack.callback(layer.decoder_layer.register_forward_hook(_layer_hook(layer, observer)).remove)
+        yield
+
+
+def _check_experts(layer: MoeLayer) -> None:
+    own = dict(layer.experts.named_parameters(recurse=False))
+    if not isinstance(layer.experts, ChannelExperts) and "gate_up_proj" not in own:
+        raise ValueError(
+            f"'{layer.name}' is a {type(layer.experts).__name__}, not a layer's experts themselves. "
+            "Merge or remove adapters before calibrating."
+        )
+    if any(parameter.device.type == "meta" for parameter in layer.experts.parameters()):
+        raise ValueError(
+            f"'{layer.name}' is on the meta device: its weights are offloaded or not loaded. "
+            "Calibrate with all experts in memory (in 4 bit, if they do not fit otherwise)."
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; every module gets its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _replaced_forward(experts: nn.Module, forward: ExpertsForward) -> Iterator[None]:
+    """One way for stock experts, ChannelExperts and packed ones: an attribute of the instance hides its class's."""
+    before = {key: value for key, value in vars(experts).items() if key == "forward"}
+    experts.forward = forward
+    try:
+        yield
+    finally:
+        del experts.forward
+        vars(experts).update(before)
+
+
+def _experts_forward(layer: MoeLayer, observer: LayerObserver) -> ExpertsForward:
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return observer.run_experts(layer, hidden_states, top_k_index, top_k_weights)
+
+    return forward
+
+
+def _router_hook(layer: MoeLayer, observer: LayerObserver) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        logits_TE = output[0]
+        observer.end_router(layer, logits_TE.reshape(-1, logits_TE.shape[-1]))
+
+    return hook
+
+
+def _layer_hook(layer: MoeLayer, observer: LayerObserver) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        observer.end_layer(layer, hidden.reshape(-1, hidden.shape[-1]))
+
+    return hook
