@@ -1,0 +1,9 @@
+"""Lightning callbacks that decide when `lightning_moe` calibrates, cuts, packs, recovers, reports and exports."""
+
+from callbacks.calibration import ExpertCalibration
+from callbacks.channel_pruning import ChannelPruning
+from callbacks.export import ExportPruned
+from callbacks.recovery import Recovery
+from callbacks.report import CompressionReport
+
+__all__ = ["ChannelPruning", "CompressionReport", "ExpertCalibration", "ExportPruned", "Recovery"]

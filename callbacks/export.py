@@ -1,0 +1,60 @@
+"""ExportPruned: write what the run made, reload it, compare."""
+
+import logging
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from callbacks._trainer import find_optional, language_model, text_data
+from callbacks.recovery import Recovery
+from lightning_moe.adapters.storage import AdapterDtype
+from lightning_moe.export.deploy import ExportFormat, ExportResult, check_formats, export_model
+from lightning_moe.models.loading import DtypeName
+
+log = logging.getLogger(__name__)
+
+
+class ExportPruned(Callback):
+    """After training, exports the model in one or more formats; each is reloaded and its logits compared.
+
+    Args:
+        folder: Where the exports go, one subfolder each.
+        formats: `adapter` (base folder and PEFT adapter), `merged` (adapters merged, unpacked), `merged_nf4` (merged
+            and packed again: what ships), `ragged` (the model as it is, without adapters), `padded` (stock layout).
+        adapter_dtype: Type of the stored adapter; `float16` halves the file.
+        dtype: Stored type of unpacked matrices such as the embeddings; `auto` keeps the model's.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        formats: list[ExportFormat] | None = None,
+        adapter_dtype: AdapterDtype = "float32",
+        dtype: DtypeName = "auto",
+    ) -> None:
+        self.folder = Path(folder)
+        self.formats: list[ExportFormat] = check_formats(formats or ["adapter", "merged_nf4"])
+        self.dtype: DtypeName = dtype
+        self.adapter_dtype = adapter_dtype
+        self.results: list[ExportResult] = []
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rank 0 writes the folders."""
+        if not trainer.is_global_zero:
+            return
+        data, recovery = text_data(trainer), find_optional(trainer, Recovery)
+        peft_model = None if recovery is None else recovery.peft_model
+        self.results = export_model(
+            language_model(pl_module),
+            peft_model=peft_model,
+            folder=self.folder,
+            formats=self.formats,
+            adapter_dtype=self.adapter_dtype,
+            dtype=self.dtype,
+            tokenizer=None if data is None else data.tokenizer,
+        )
+        for result in self.results:
+            log.info("Exported %s: %s", result.format, result.describe())

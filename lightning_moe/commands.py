@@ -1,0 +1,215 @@
+"""The stages as commands: each reads the files the stage before wrote, and can be run alone."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_moe.adapters.storage import load_adapter
+from lightning_moe.allocation import build_method
+from lightning_moe.assets import resolve_asset
+from lightning_moe.calibration.collector import collect_statistics
+from lightning_moe.evaluation.compare import StageSpec, compare_stages
+from lightning_moe.evaluation.stages import evaluate_stage, save_stage
+from lightning_moe.evaluation.summary import summarise
+from lightning_moe.export.deploy import ExportFormat, export_model
+from lightning_moe.export.huggingface import save_ragged
+from lightning_moe.files import write_json
+from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.quantization.linears import quantize_model
+from lightning_moe.records import CalibrationStatistics, PrunePlan
+from lightning_moe.reporting.report import write_report
+from lightning_moe.reporting.table import summary_table
+from lightning_moe.surgery.cut import apply_plan, convert_experts
+from lightning_moe.surgery.repair import plan_repair
+from lightning_moe.training.data import TextDataModule
+
+log = logging.getLogger(__name__)
+Loaders = Mapping[str, Iterable[Mapping[str, Tensor]]]
+
+
+def calibrate(*, model: str, out: str, data: TextDataModule, dtype: DtypeName = "auto", moments: bool = True) -> None:
+    """One forward pass over the calibration corpora: every statistic that any method needs, in one file.
+
+    Args:
+        model: Folder, `asset:small_moe` or hub name of the model.
+        out: File to write (safetensors).
+        data: The data module; its `calibration` corpora are used.
+        dtype: Type of the weights during the pass.
+        moments: Also gather the [E, H] and [E, E] sums that some expert criteria want.
+    """
+    data.setup("fit")
+    loaded = load_model(model, dtype=dtype)
+    statistics = collect_statistics(loaded, loaders=data.calibration_dataloaders(), moments=moments)
+    statistics.save(out)
+    log.info("Statistics of corpora %s written to %s.", list(statistics.corpora), out)
+
+
+def plan(
+    *,
+    statistics: str,
+    out: str,
+    prune_ratio: float,
+    method: str = "exact_global",
+    method_args: dict[str, Any] | None = None,
+    corpora: list[str] | None = None,
+) -> None:
+    """Decide which channels stay; reads a statistics file, writes a plan (JSON), needs no model.
+
+    Args:
+        statistics: File written by `calibrate`.
+        out: Plan to write.
+        prune_ratio: Share of routed-expert channels to remove, in [0, 1).
+        method: `exact_global` (ours), `paper_a`, `uniform` or `reap`.
+        method_args: Settings of the method, for example `{align: 64}`.
+        corpora: Corpora that count; all of the file if not given.
+    """
+    made = build_method(method, **(method_args or {})).plan(
+        CalibrationStatistics.load(statistics), prune_ratio=prune_ratio, corpora=corpora
+    )
+    made.save(out)
+    log.info("%s\nPlan written to %s.", made.summary(), out)
+
+
+def prune(
+    *,
+    model: str,
+    plan: str,
+    out: str,
+    data: TextDataModule,
+    quantize: Literal["nf4", "none"] = "nf4",
+    repair: bool = True,
+    repair_memory_gb: float = 4.0,
+    dtype: DtypeName = "auto",
+) -> None:
+    """Cut a model by a plan, repair it, pack it, and write a folder that stock `from_pretrained` loads.
+
+    Args:
+        model: Folder, `asset:small_moe` or hub name of the model the plan was made for.
+        plan: File written by `plan`.
+        out: Folder to write.
+        data: The data module; its `calibration` corpora are used by the repair.
+        quantize: `nf4`, or `none` for a ragged folder in the model's own type.
+        repair: Refit the down projections by least squares (a second calibration pass).
+        repair_memory_gb: Memory for the Gram matrices; more passes where it does not suffice.
+        dtype: Type of the weights.
+    """
+    decided = PrunePlan.load(plan)
+    loaded = load_model(model, dtype=dtype)
+    refit = None
+    if repair:
+        data.setup("fit")
+        refit = plan_repair(loaded, plan=decided, loaders=data.calibration_dataloaders(), memory_gb=repair_memory_gb)
+    apply_plan(loaded, plan=decided, repair=refit)
+    if quantize == "nf4":
+        quantize_model(loaded)
+    save_ragged(loaded, out)
+    data.tokenizer.save_pretrained(out)
+    log.info("Pruned model written to %s.", out)
+
+
+def evaluate(
+    *,
+    model: str,
+    out: str,
+    data: TextDataModule,
+    adapter: str | None = None,
+    name: str = "evaluated",
+    prune_ratio: float = 0.0,
+    dtype: DtypeName = "float32",
+) -> None:
+    """Loss and perplexity per validation corpus, bytes on disk, stored and active parameters of a folder.
+
+    Args:
+        model: Folder, `asset:small_moe` or hub name: dense, ragged or packed.
+        out: Folder of results; the row goes to `<out>/stages/<name>.json`.
+        data: The data module; its `validation` corpora are used.
+        adapter: Folder of a PEFT adapter to load on top.
+        name: Name of the row.
+        prune_ratio: The ratio the row states.
+        dtype: Type of the unpacked weights.
+    """
+    started = time.perf_counter()
+    row = evaluate_stage(
+        name,
+        folder=resolve_asset(model),
+        adapter=adapter,
+        loaders=_held_out(data),
+        prune_ratio=prune_ratio,
+        seconds=time.perf_counter() - started,
+        dtype=dtype,
+    )
+    save_stage(out, stage=row)
+    log.info("%s", "\n".join(f"{corpus}: {nll:.4f} nats" for corpus, nll in row["nll_per_corpus"].items()))
+    log.info("%s: %.4f nats per token over %d corpora.", name, row["nll"], len(row["nll_per_corpus"]))
+
+
+def compare(*, model: str, statistics: str, out: str, stages: list[StageSpec], data: TextDataModule) -> None:
+    """Methods and ratios side by side: each is cut, saved, reloaded and evaluated on held-out text.
+
+    Args:
+        model: Folder, `asset:small_moe` or hub name of the dense model.
+        statistics: File written by `calibrate`.
+        out: Folder of results.
+        stages: Rows to make; those of the same cut must follow each other to share it.
+        data: The data module; `calibration` for the repair, `validation` to evaluate.
+    """
+    held_out = _held_out(data)
+    compare_stages(
+        model,
+        stages=stages,
+        statistics=CalibrationStatistics.load(statistics),
+        calibration=data.calibration_dataloaders(),
+        held_out=held_out,
+        out=out,
+    )
+
+
+def export(
+    *, model: str, out: str, formats: list[ExportFormat], adapter: str | None = None, dtype: DtypeName = "auto"
+) -> None:
+    """Write a pruned folder in other formats; each is reloaded and its logits compared.
+
+    Args:
+        model: A pruned folder (or the dense model, to convert it).
+        out: Folder of the exports, one subfolder each.
+        formats: `adapter`, `merged`, `merged_nf4`, `ragged`, `padded`.
+        adapter: Folder of the PEFT adapter of that model, for the first three.
+        dtype: Type of the unpacked weights.
+    """
+    loaded = load_model(model, dtype=dtype)
+    convert_experts(loaded)
+    peft_model = None if adapter is None else load_adapter(loaded, folder=adapter)
+    results = export_model(loaded, folder=out, formats=formats, peft_model=peft_model)
+    write_json(Path(out) / "exports.json", [result.to_dict() for result in results])
+    for result in results:
+        log.info("%s: %s", result.format, result.describe())
+
+
+def report(*, folder: str, control: str = "control", statistics: str | None = None) -> None:
+    """Gather the rows of `compare`, `evaluate` and `fit` into summary.json, a table and an HTML page.
+
+    Args:
+        folder: Folder of results that the other commands wrote into.
+        control: Name of the row that is the unpruned model given the same recovery.
+        statistics: Statistics file, for the figures.
+    """
+    summary = summarise(folder, control=control)
+    write_json(Path(folder) / "summary.json", summary)
+    plans = {file.stem: PrunePlan.load(file) for file in sorted(Path(folder).glob("plans/*.json"))}
+    loaded = None if statistics is None else CalibrationStatistics.load(statistics)
+    page = write_report(
+        Path(folder) / "report", title="Compression report", summary=summary, plans=plans, statistics=loaded
+    )
+    log.info("%s\n\nSummary: %s\nReport: %s", summary_table(summary), Path(folder) / "summary.json", page)
+
+
+def _held_out(data: TextDataModule) -> Loaders:
+    data.setup("fit")
+    return dict(zip(data.validation_names, data.val_dataloader(), strict=True))
+
+
+COMMANDS = {command.__name__: command for command in (calibrate, plan, prune, evaluate, compare, export, report)}
