@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tiny_models import tiny_model
+
 from lightning_moe.models.discovery import model_shape, moe_layers
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.cut import apply_plan, convert_experts
 from lightning_moe.surgery.optimizer_state import follow_cut
-from tiny_models import tiny_model
 
 
 def halving_plan(model, *, evict=()):

@@ -1,6 +1,7 @@
 """When scheduled cuts are due, and what is refused."""
 
 import pytest
+
 from lightning_moe.surgery.schedule import PruneSchedule
 
 CUTS = ((2, 0.25), (5, 0.5))
@@ -28,5 +29,5 @@ def test_range_is_checked(cuts):
 
 def test_several_devices_are_refused_before_the_first_batch():
     PruneSchedule(cuts=CUTS).check_trainer(num_devices=1)
-    with pytest.raises(ValueError, match="one device, got 2. Use `prune_ratio`"):
+    with pytest.raises(ValueError, match=r"one device, got 2\. Use `prune_ratio`"):
         PruneSchedule(cuts=CUTS).check_trainer(num_devices=2)

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_moe.adapters.groups import trainable_groups
 from lightning_moe.evaluation.perplexity import update_perplexity
 from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.training.losses import distillation_loss
 from lightning_moe.training.optim import OptimizerName, ScheduleName, build_optimizer, build_schedule
 
 
@@ -185,6 +186,8 @@ class RecoveryModule(LanguageModelModule):
         schedule: `linear` or `cosine` decay after the warmup, or `constant_with_warmup`.
         warmup_ratio: Share of the optimizer steps spent warming up.
         gradient_checkpointing: Recompute each decoder layer in backward; on at real sizes.
+        teacher: Folder, asset or hub name of the unpruned model (16 bit or packed) to distil from; null: none.
+        distillation: Weight of the distillation loss; the next-token loss has the rest.
     """
 
     def __init__(
@@ -201,6 +204,8 @@ class RecoveryModule(LanguageModelModule):
         schedule: ScheduleName = "linear",
         warmup_ratio: float = 0.1,
         gradient_checkpointing: bool = True,
+        teacher: str | None = None,
+        distillation: float = 0.5,
     ) -> None:
         super().__init__(
             source=source,
@@ -215,6 +220,11 @@ class RecoveryModule(LanguageModelModule):
         )
         self.save_hyperparameters()
         self.strict_loading = False
+        if not 0 < distillation <= 1:
+            raise ValueError(f"`distillation` is the weight of the distillation loss, in (0, 1], got {distillation}.")
+        self.teacher_source, self.distillation = teacher, distillation
+        # A tuple, so that the teacher is no submodule: it is neither trained, saved nor wrapped.
+        self._teacher: tuple[PreTrainedModel, ...] = ()
         self.learning_rates = {
             "experts": expert_learning_rate,
             "shared_experts": expert_learning_rate,
@@ -234,6 +244,27 @@ class RecoveryModule(LanguageModelModule):
         if not groups:
             raise ValueError("Nothing is trainable: put `callbacks.Recovery` into `trainer.callbacks`.")
         return [{"name": name, "params": group, "lr": self.learning_rates[name]} for name, group in groups.items()]
+
+    @override
+    def on_fit_start(self) -> None:
+        """Loads the teacher, if there is one, beside the student."""
+        super().on_fit_start()
+        if self.teacher_source is not None:
+            teacher = load_model(self.teacher_source, dtype=self.settings.dtype).to(self.device)  # pyright: ignore
+            self._teacher = (teacher.requires_grad_(requires_grad=False),)
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Next-token loss, mixed with the distillation loss where there is a teacher; nats per token."""
+        if not self._teacher:
+            return super().training_step(batch, batch_idx)
+        outputs = self.language_model(**batch, use_cache=False)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with torch.no_grad():
+            teacher_logits = self._teacher[0](**inputs, use_cache=False).logits
+        distilled = distillation_loss(outputs.logits, teacher_logits, batch["labels"])
+        self.log_dict({"train_loss": outputs.loss, "distillation_loss": distilled}, prog_bar=True)
+        return (1 - self.distillation) * outputs.loss + self.distillation * distilled
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
