@@ -5,6 +5,9 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,7 +15,8 @@ from lightning_moe.models.discovery import find_language_model
 from lightning_moe.training.data import TextDataModule
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
-Loaders = Mapping[str, Iterable[Mapping[str, Tensor]]]
+Batch = Mapping[str, Tensor]
+Loaders = Mapping[str, Iterable[Batch]]
 
 
 def language_model(pl_module: LightningModule) -> PreTrainedModel:
@@ -26,13 +30,43 @@ def language_model(pl_module: LightningModule) -> PreTrainedModel:
     return find_language_model(pl_module)
 
 
+def is_first_setup(callback: Callback, *, model: PreTrainedModel, done: PreTrainedModel | None) -> bool:
+    """Whether `callback` has its work on `model` still before it; `done` is the model it did it on.
+
+    Raises:
+        ValueError: it was used on another model.
+    """
+    if done is None:
+        return True
+    if done is not model:
+        raise ValueError(
+            f"This {type(callback).__name__} was used on another model. Make a new one for each model, and let "
+            "`configure_model` build the model only once."
+        )
+    return False
+
+
+def move_to_device(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Moves the module where it will be trained: Lightning does so only after `setup`, and calibration runs in it.
+
+    Strategies that shard the model are left alone.
+    """
+    if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        pl_module.to(trainer.strategy.root_device)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks, in their order."""
+    return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def find_callback(trainer: Trainer, kind: type[CallbackT], *, before: Callback) -> CallbackT:
     """The callback of this class in the trainer's list, which must stand before the one that asks.
 
     Raises:
         ValueError: it is missing, or stands later in the list.
     """
-    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    callbacks = callbacks_of(trainer)
     for position, callback in enumerate(callbacks):
         if isinstance(callback, kind):
             if position > callbacks.index(before):
@@ -41,49 +75,71 @@ def find_callback(trainer: Trainer, kind: type[CallbackT], *, before: Callback) 
     raise ValueError(f"{type(before).__name__} needs a {kind.__name__} before it in `trainer.callbacks`.")
 
 
-def calibration_loaders(trainer: Trainer, pl_module: LightningModule, *, num_batches: int | None) -> Loaders:
+def find_optional(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
+    """The first callback of this class in the trainer's list, if there is one."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
+
+
+def calibration_loaders(trainer: Trainer, *, num_batches: int | None) -> Loaders:
     """One loader per calibration corpus; the first training batches, as corpus `train`, where there are none.
+
+    Training batches are read here, once: they can be run again, and neither the random numbers nor the reading
+    position of the training itself move.
 
     Args:
         trainer: the running trainer.
-        pl_module: its module.
         num_batches: batches of each corpus; all of them if None (required for training batches).
 
     Raises:
-        ValueError: training batches are to be used and their number is not given, or they are not dicts with
-            `input_ids`.
+        ValueError: training batches are to be used and their number is not given, there are none, they can be read
+            only once, or they are not dicts with `input_ids`.
     """
     datamodule = text_data(trainer)
     if datamodule is not None and datamodule.calibration_names:
-        loaders: Loaders = datamodule.calibration_dataloaders()
+        loaders = datamodule.calibration_dataloaders()
         return {name: _Head(loader, num_batches) for name, loader in loaders.items()}
     if num_batches is None:
         raise ValueError(
             "There are no calibration corpora (`data.calibration`), so the first training batches are used: "
             "say how many with `ExpertCalibration(num_batches=...)`."
         )
-    source = trainer.datamodule if trainer.datamodule is not None else pl_module  # pyright: ignore
-    loader = trainer.fit_loop._data_source.instance or source  # the loader or the object that makes it
-    train_loader = loader.train_dataloader() if isinstance(loader, LightningModule | type(source)) else loader
-    return {"train": _Head(train_loader, num_batches)}
+    with isolate_rng():
+        return {"train": _first_batches(trainer, num_batches=num_batches)}
+
+
+def _first_batches(trainer: Trainer, *, num_batches: int) -> list[Batch]:
+    """Reads the training loader of `fit`, wherever it comes from."""
+    source = trainer.fit_loop._data_source
+    if source.instance is None or not source.is_defined():
+        raise ValueError(
+            "There are no training batches to calibrate on. Give `data.calibration` corpora, or load statistics from a "
+            "file with `ExpertCalibration(file=...)`."
+        )
+    given: Any = source.dataloader()
+    combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
+    for loader in combined.flattened:
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                f"Calibration would use up the first {num_batches} batches of a {type(loader).__name__}, which can be "
+                "read only once. Give a DataLoader."
+            )
+    batches = [batch for batch, _, _ in islice(combined, num_batches)]
+    for batch in batches:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise ValueError(f"Calibration needs batches that are dicts with `input_ids`, got {type(batch).__name__}.")
+    return batches
 
 
 def validation_loaders(trainer: Trainer) -> Loaders:
     """One loader per validation corpus of the text data module.
 
     Raises:
-        ValueError: the trainer has no TextDataModule.
+        ValueError: the trainer has no TextDataModule, or it has no validation corpora.
     """
     datamodule = text_data(trainer)
-    if datamodule is None:
-        raise ValueError("This callback evaluates named corpora and needs a TextDataModule.")
+    if datamodule is None or not datamodule.validation_names:
+        raise ValueError("CompressionReport evaluates on held-out text: give a TextDataModule with `validation`.")
     return dict(zip(datamodule.validation_names, datamodule.val_dataloader(), strict=True))
-
-
-def find_optional(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
-    """The first callback of this class in the trainer's list, if there is one."""
-    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def text_data(trainer: Trainer) -> TextDataModule | None:
@@ -92,17 +148,18 @@ def text_data(trainer: Trainer) -> TextDataModule | None:
     return datamodule if isinstance(datamodule, TextDataModule) else None
 
 
-class _Head(Iterable[Mapping[str, Tensor]]):
+def loaded_callback_state(trainer: Trainer, callback: Callback) -> dict[str, Any] | None:
+    """What a checkpoint that is being loaded holds for `callback`; Lightning hands it out only after the weights."""
+    checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+    return checkpoint.get("callbacks", {}).get(callback.state_key)
+
+
+class _Head(Iterable[Batch]):
     """The first batches of a loader; can be iterated again."""
 
-    def __init__(self, loader: Iterable[Mapping[str, Tensor]], num_batches: int | None) -> None:
+    def __init__(self, loader: Iterable[Batch], num_batches: int | None) -> None:
         self.loader = loader
         self.num_batches = num_batches
 
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        for batch in islice(self.loader, self.num_batches):
-            if not isinstance(batch, Mapping) or "input_ids" not in batch:
-                raise ValueError(
-                    f"Calibration needs batches that are dicts with `input_ids`, got {type(batch).__name__}."
-                )
-            yield batch
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(iter(self.loader), self.num_batches)

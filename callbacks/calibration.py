@@ -1,12 +1,14 @@
 """ExpertCalibration: gather or load the statistics that pruning is decided on."""
 
 import logging
+import time
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
 from typing_extensions import override
 
-from callbacks._trainer import Loaders, calibration_loaders, language_model
+from callbacks._trainer import Loaders, calibration_loaders, is_first_setup, language_model, move_to_device
 from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.models.discovery import model_shape
 from lightning_moe.records import CalibrationStatistics
@@ -33,33 +35,48 @@ class ExpertCalibration(Callback):
         self.num_batches = num_batches
         self.moments = moments
         self.statistics: CalibrationStatistics | None = None
+        self.started = time.perf_counter()
+        self._model: PreTrainedModel | None = None
+        self._loaders: Loaders | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before anything is wrapped: load or collect, once."""
+        self.started = time.perf_counter()
+        model = language_model(pl_module)
+        if not is_first_setup(self, model=model, done=self._model):
+            return
+        self.statistics = self._load(model)
         if self.statistics is None:
-            self.statistics = self._load(pl_module) or self.collect(trainer, pl_module)
+            self.collect(trainer, pl_module)
+            self._save(trainer)
+        self._model = model
 
-    def loaders(self, trainer: Trainer, pl_module: LightningModule) -> Loaders:
-        """The batches that are calibrated on, by corpus."""
-        return calibration_loaders(trainer, pl_module, num_batches=self.num_batches)
+    def loaders(self, trainer: Trainer) -> Loaders:
+        """The batches that are calibrated on, by corpus; the same ones each time."""
+        if self._loaders is None:
+            self._loaders = calibration_loaders(trainer, num_batches=self.num_batches)
+        return self._loaders
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationStatistics:
-        """Calibrates the model as it is now, and writes the file if one was named and does not exist."""
-        model = language_model(pl_module)
-        statistics = collect_statistics(model, loaders=self.loaders(trainer, pl_module), moments=self.moments)
-        if self.file is not None and not Path(self.file).exists() and trainer.is_global_zero:
-            statistics.save(self.file)
-        return statistics
+        """Calibrates the model as it is now; `statistics` are these from then on."""
+        loaders = self.loaders(trainer)
+        move_to_device(trainer, pl_module)
+        self.statistics = collect_statistics(language_model(pl_module), loaders=loaders, moments=self.moments)
+        return self.statistics
 
-    def _load(self, pl_module: LightningModule) -> CalibrationStatistics | None:
+    def _load(self, model: PreTrainedModel) -> CalibrationStatistics | None:
         if self.file is None or not Path(self.file).exists():
             return None
         statistics = CalibrationStatistics.load(self.file)
-        if statistics.shape != model_shape(language_model(pl_module)):
+        if statistics.shape != model_shape(model):
             raise ValueError(
                 f"The statistics in '{self.file}' were made on another model. Name another file, or delete this one to "
                 "calibrate again."
             )
         log.info("Statistics of corpora %s loaded from %s.", list(statistics.corpora), self.file)
         return statistics
+
+    def _save(self, trainer: Trainer) -> None:
+        if self.file is not None and self.statistics is not None and trainer.is_global_zero:
+            self.statistics.save(self.file)

@@ -1,21 +1,23 @@
 """ChannelPruning: decide and cut, once before training or at configured steps of it."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from typing_extensions import override
 
-from callbacks._trainer import find_callback, language_model
+from callbacks._trainer import callbacks_of, find_callback, is_first_setup, language_model, loaded_callback_state
 from callbacks.calibration import ExpertCalibration
 from lightning_moe.allocation import build_method
+from lightning_moe.allocation.budget import check_prune_ratio
 from lightning_moe.models.discovery import model_shape
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.cut import apply_plan, convert_experts
 from lightning_moe.surgery.optimizer_state import follow_cut
 from lightning_moe.surgery.repair import plan_repair
-from lightning_moe.surgery.schedule import PruneSchedule
+from lightning_moe.surgery.schedule import PruneSchedule, check_trainable, replay_cuts
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class ChannelPruning(Callback):
         method_args: Settings of the method, for example `{align: 64}`.
         repair: Refit the down projections by least squares (a second calibration pass). One-shot only.
         repair_memory_gb: Memory for the Gram matrices of the repair; more passes where it does not suffice.
-        save_plan: Where the plan is written.
+        save_plan: Where the plan is written (of a schedule, the last one).
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class ChannelPruning(Callback):
         given = {"prune_ratio": prune_ratio, "schedule": schedule, "plan_file": plan_file}
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"Give exactly one of `prune_ratio`, `schedule` and `plan_file`, got {given}.")
+        if prune_ratio is not None:
+            check_prune_ratio(prune_ratio)
         self.prune_ratio = prune_ratio
         self.plan_file = plan_file
         self.schedule = None if schedule is None else PruneSchedule(cuts=tuple((s, r) for s, r in schedule))
@@ -61,8 +65,10 @@ class ChannelPruning(Callback):
         self.repair_memory_gb = repair_memory_gb
         self.save_plan = save_plan
         self.plans: list[PrunePlan] = []
-        self._num_channels: int | None = None
+        self._model: PreTrainedModel | None = None
+        self._num_channels = 0
         self._num_cuts = 0
+        self._hook: RemovableHandle | None = None
 
     @property
     def state_key(self) -> str:
@@ -72,72 +78,121 @@ class ChannelPruning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """One-shot: plan and cut before optimizers exist. Scheduled: full-width ChannelExperts, ready for cuts."""
-        if self._num_channels is not None:
-            return
         model = language_model(pl_module)
-        self._num_channels = model_shape(model).num_channels
-        if self.schedule is not None:
-            self.schedule.check_trainer(num_devices=trainer.world_size)
-            convert_experts(model)
+        if not is_first_setup(self, model=model, done=self._model):
             return
-        plan = self._one_shot_plan(trainer)
-        self._keep(plan)
-        repair = None
-        if self.repair and plan.num_kept < plan.shape.num_channels:
-            calibration = find_callback(trainer, ExpertCalibration, before=self)
-            loaders = calibration.loaders(trainer, pl_module)
-            repair = plan_repair(model, plan=plan, loaders=loaders, memory_gb=self.repair_memory_gb)
-        apply_plan(model, plan=plan, repair=repair)
+        if self.schedule is not None:
+            self._prepare(trainer, pl_module, schedule=self.schedule)
+        else:
+            self._cut_before_training(trainer, model)
+        self._model = model
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Scheduled: cut when the step is reached (before the batch, between optimizer steps)."""
-        if self.schedule is None or self._num_channels is None:
+        if self.schedule is None:
             return
         due = self.schedule.due(step=trainer.global_step, num_done=self._num_cuts)
-        if due is None:
-            return
-        self._num_cuts, prune_ratio = due
-        self._cut_now(trainer, pl_module, prune_ratio=prune_ratio)
+        if due is not None:
+            self._num_cuts, prune_ratio = due
+            self._cut_now(trainer, pl_module, prune_ratio=prune_ratio)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """How many cuts of the schedule are behind us."""
-        return {"num_cuts": self._num_cuts}
+        """The plans that were carried out, and how many cuts of the schedule are behind us."""
+        return {"num_cuts": self._num_cuts, "plans": [plan.to_dict() for plan in self.plans]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume after the cuts that were made."""
+        """On resume, after the weights are there: a single cut was made again in `setup` and must be the same."""
+        plans = [PrunePlan.from_dict(plan) for plan in state_dict["plans"]]
+        if self.schedule is None and [plan.digest for plan in plans] != [plan.digest for plan in self.plans]:
+            raise ValueError(
+                "The checkpoint belongs to another cut than the one just made. Resume with the settings and the "
+                "calibration data it was trained with (`ExpertCalibration(file=...)` keeps the statistics)."
+            )
         self._num_cuts = int(state_dict["num_cuts"])
+        self.plans = plans
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights of a checkpoint are loaded by now; the model must be the one that was cut."""
+        is_first_setup(self, model=language_model(pl_module), done=self._model)
+        self._remove_hook()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves no hook behind."""
+        self._remove_hook()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves no hook behind."""
+        self._remove_hook()
+
+    @property
+    def requested_ratio(self) -> float:
+        """The share of the unpruned model's channels that was to be removed until now."""
+        if self.schedule is not None:
+            return self.schedule.cuts[self._num_cuts - 1][1] if self._num_cuts else 0.0
+        return self.plans[-1].prune_ratio if self.plans else 0.0
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, schedule: PruneSchedule) -> None:
+        schedule.check_trainer(num_devices=trainer.world_size)
+        find_callback(trainer, ExpertCalibration, before=self)
+        model = language_model(pl_module)
+        check_trainable(model)
+        self._num_channels = model_shape(model).num_channels
+        convert_experts(model)
+
+        def cut_like_checkpoint(*_: object) -> None:
+            state = loaded_callback_state(trainer, self)
+            if state is not None and not self.plans:
+                replay_cuts(model, plans=[PrunePlan.from_dict(plan) for plan in state["plans"]])
+
+        self._hook = pl_module.register_load_state_dict_pre_hook(cut_like_checkpoint)
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    def _cut_before_training(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        plan = trainer.strategy.broadcast(self._one_shot_plan(trainer))
+        repair = None
+        if self.repair and plan.num_kept < plan.shape.num_channels:
+            loaders = find_callback(trainer, ExpertCalibration, before=self).loaders(trainer)
+            repair = plan_repair(model, plan=plan, loaders=loaders, memory_gb=self.repair_memory_gb)
+        apply_plan(model, plan=plan, repair=repair)
+        self._keep(plan, trainer=trainer)
 
     def _one_shot_plan(self, trainer: Trainer) -> PrunePlan:
         if self.plan_file is not None:
             return PrunePlan.load(self.plan_file)
         calibration = find_callback(trainer, ExpertCalibration, before=self)
-        if calibration.statistics is None or self.prune_ratio is None:
-            raise ValueError("ExpertCalibration has no statistics: its `setup` must run before ChannelPruning's.")
+        assert calibration.statistics is not None
+        assert self.prune_ratio is not None
         return self.method.plan(calibration.statistics, prune_ratio=self.prune_ratio)
 
     def _cut_now(self, trainer: Trainer, pl_module: LightningModule, *, prune_ratio: float) -> None:
         """Recalibrate, plan, cut, and let the optimizers follow."""
         model = language_model(pl_module)
-        calibration = find_callback(trainer, ExpertCalibration, before=self)
-        statistics = calibration.collect(trainer, pl_module)
-        now = statistics.shape.num_channels
-        plan = self.method.plan(statistics, prune_ratio=1 - (1 - prune_ratio) * (self._num_channels or now) / now)
-        self._keep(plan)
+        statistics = find_callback(trainer, ExpertCalibration, before=self).collect(trainer, pl_module)
+        # Of the channels left; never below 0 where a method rounded up what it removed before.
+        ratio_now = max(0.0, 1 - (1 - prune_ratio) * self._num_channels / statistics.shape.num_channels)
+        plan = self.method.plan(statistics, prune_ratio=ratio_now)
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         follow_cut(trainer.optimizers, replaced=apply_plan(model, plan=plan))
+        self._keep(plan, trainer=trainer)
         log.info("Step %d: cut to %d of %d channels.", trainer.global_step, plan.num_kept, self._num_channels)
 
-    def _keep(self, plan: PrunePlan) -> None:
+    def _keep(self, plan: PrunePlan, *, trainer: Trainer) -> None:
         self.plans.append(plan)
-        if self.save_plan is not None:
+        if self.save_plan is not None and trainer.is_global_zero:
             plan.save(self.save_plan)
 
 
-def last_plan(callbacks: Sequence[Callback]) -> PrunePlan | None:
-    """The newest plan that any ChannelPruning of the list has made."""
-    plans = [plan for callback in callbacks if isinstance(callback, ChannelPruning) for plan in callback.plans]
-    return plans[-1] if plans else None
+def prunings(trainer: Trainer) -> list[ChannelPruning]:
+    """Every ChannelPruning of the trainer's list."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, ChannelPruning)]

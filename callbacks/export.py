@@ -6,10 +6,10 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from callbacks._trainer import find_optional, language_model, text_data
+from callbacks._trainer import find_callback, find_optional, language_model, text_data
 from callbacks.recovery import Recovery
 from lightning_moe.adapters.storage import AdapterDtype
-from lightning_moe.export.deploy import ExportFormat, ExportResult, check_formats, export_model
+from lightning_moe.export.deploy import ExportFormat, ExportResult, check_formats, export_model, needs_adapters
 from lightning_moe.models.loading import DtypeName
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,9 @@ class ExportPruned(Callback):
     Args:
         folder: Where the exports go, one subfolder each.
         formats: `adapter` (base folder and PEFT adapter), `merged` (adapters merged, unpacked), `merged_nf4` (merged
-            and packed again: what ships), `ragged` (the model as it is, without adapters), `padded` (stock layout).
+            and packed again: what ships), `ragged` (the model as it is, without adapters), `padded` (stock layout),
+            `stock` (an uncut model in stock layout), `nf4` (packed, without adapters; the last). Null: the first and
+            the third.
         adapter_dtype: Type of the stored adapter; `float16` halves the file.
         dtype: Stored type of unpacked matrices such as the embeddings; `auto` keeps the model's.
     """
@@ -35,14 +37,20 @@ class ExportPruned(Callback):
         dtype: DtypeName = "auto",
     ) -> None:
         self.folder = Path(folder)
-        self.formats: list[ExportFormat] = check_formats(formats or ["adapter", "merged_nf4"])
+        self.formats: list[ExportFormat] = check_formats(["adapter", "merged_nf4"] if formats is None else formats)
         self.dtype: DtypeName = dtype
-        self.adapter_dtype = adapter_dtype
+        self.adapter_dtype: AdapterDtype = adapter_dtype
         self.results: list[ExportResult] = []
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before training: formats of adapters need a `Recovery` earlier in the list."""
+        if needs_adapters(self.formats):
+            find_callback(trainer, Recovery, before=self)
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rank 0 writes the folders."""
+        """Rank 0 writes the folders; Lightning has moved the model to the CPU by now."""
         if not trainer.is_global_zero:
             return
         data, recovery = text_data(trainer), find_optional(trainer, Recovery)

@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from callbacks._trainer import find_callback, find_optional, validation_loaders
 from callbacks.calibration import ExpertCalibration
-from callbacks.channel_pruning import last_plan
+from callbacks.channel_pruning import prunings
 from callbacks.export import ExportPruned
-from lightning_moe.evaluation.stages import evaluate_stage, save_stage
+from lightning_moe.evaluation.stages import check_stage_name, evaluate_stage, save_stage
 from lightning_moe.files import write_json
 from lightning_moe.reporting.report import write_report
 
@@ -28,20 +28,22 @@ class CompressionReport(Callback):
     Args:
         folder: Where rows and page go.
         name: Name of this run in tables.
-        prune_ratio: The ratio the row states; null: the plan's.
+        prune_ratio: The ratio the row states; null: what was asked of ChannelPruning.
     """
 
     def __init__(self, *, folder: str, name: str, prune_ratio: float | None = None) -> None:
         self.folder = Path(folder)
-        self.name = name
+        self.name = check_stage_name(name)
         self.prune_ratio = prune_ratio
         self._started = time.perf_counter()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks the order of the list, and starts the clock."""
+        """Checks the order of the list and the held-out text; the clock runs from calibration on."""
         find_callback(trainer, ExportPruned, before=self)
-        self._started = time.perf_counter()
+        validation_loaders(trainer)
+        calibration = find_optional(trainer, ExpertCalibration)
+        self._started = time.perf_counter() if calibration is None else calibration.started
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,29 +52,35 @@ class CompressionReport(Callback):
             return
         seconds = time.perf_counter() - self._started
         export = find_callback(trainer, ExportPruned, before=self)
-        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        plan = last_plan(callbacks)
-        ratio = self.prune_ratio if self.prune_ratio is not None else plan.prune_ratio if plan else 0.0
         for result in export.results:
             stage = evaluate_stage(
                 self.name + _SUFFIXES.get(result.format, f"_{result.format}"),
                 folder=result.base,
                 adapter=result.adapter,
                 loaders=validation_loaders(trainer),
-                prune_ratio=ratio,
+                prune_ratio=self._ratio(trainer),
                 seconds=seconds,
+                device=trainer.strategy.root_device,
             )
             save_stage(self.folder, stage=stage)
             log.info("%s: %.4f nats per token, %d bytes.", stage["name"], stage["nll"], stage["bytes"])
         write_json(
             self.folder / "stages" / f"{self.name}.exports.json", [result.to_dict() for result in export.results]
         )
+        self._write_page(trainer)
+
+    def _ratio(self, trainer: Trainer) -> float:
+        if self.prune_ratio is not None:
+            return self.prune_ratio
+        return max((pruning.requested_ratio for pruning in prunings(trainer)), default=0.0)
+
+    def _write_page(self, trainer: Trainer) -> None:
+        """The page of the last plan and of the statistics it was made from; none where there is neither."""
         calibration = find_optional(trainer, ExpertCalibration)
-        plans = {} if plan is None else {self.name: plan}
-        write_report(
-            self.folder / self.name,
-            title=self.name,
-            summary=None,
-            plans=plans,
-            statistics=calibration.statistics if calibration else None,
-        )
+        statistics = None if calibration is None else calibration.statistics
+        made = [plan for pruning in prunings(trainer) for plan in pruning.plans]
+        fitting = [plan for plan in made if statistics is None or plan.shape == statistics.shape]
+        plans = {self.name: fitting[-1]} if fitting else {}
+        if plans or statistics is not None:
+            folder = self.folder / self.name
+            write_report(folder, title=self.name, summary=None, plans=plans, statistics=statistics)

@@ -4,6 +4,14 @@ Importing this package registers the `channel_moe` storage format and the `deeps
 that stock `AutoModelForCausalLM.from_pretrained` loads pruned folders.
 """
 
-import lightning_moe.export.huggingface  # noqa: F401  (registers the format)
+import logging
+
+# bitsandbytes looks for an optional kernel package when it is imported and says so each time; nothing here needs it.
+_logger = logging.getLogger("bitsandbytes")
+_level = _logger.level
+_logger.setLevel(logging.ERROR)
+import lightning_moe.export.huggingface  # noqa: E402, F401  (registers the format)
+
+_logger.setLevel(_level)
 
 __version__ = "0.1.0"

@@ -1,14 +1,17 @@
 """The command line: LightningCLI for `fit` and `validate`, thin commands for the stages around them."""
 
 import logging
+import os
+import re
 import sys
 import warnings
 from inspect import getdoc
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -18,6 +21,17 @@ from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.module import LanguageModelModule
 
 PROGRAM = "python -m lightning_moe"
+TRACEBACK_VARIABLE = "LIGHTNING_MOE_TRACEBACK"
+# Beginnings of lines in which jsonargparse lists what else it tried and what came, whole.
+_PARSER_CHATTER = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Given value type:",
+    "Given value: Namespace(",
+)
+_GIVEN_FLAG = re.compile(r"Given value: NestedArg\(key='.*', val=(.*)\)")
 _TRAINING = {
     "fit": "Train: calibrate, prune, pack, recover, report and export, as the callbacks say.",
     "validate": "Loss and perplexity per validation corpus, through the Trainer.",
@@ -70,39 +84,72 @@ def main(arguments: list[str] | None = None) -> None:
     _check_callbacks_package()
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(overview())
-    elif arguments[0] in COMMANDS:
-        run_command(arguments[0], arguments[1:])
-    elif arguments[0] in _TRAINING:
-        CompressionCLI(
-            LanguageModelModule,
-            TextDataModule,
-            subclass_mode_model=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            args=arguments,
-        )
-    else:
-        sys.exit(f"Unknown subcommand '{arguments[0]}'.\n\n{overview()}")
+        return
+    name = arguments[0]
+    if name not in COMMANDS and name not in _TRAINING:
+        _stop(f"unknown subcommand '{name}'. `{PROGRAM} --help` lists them.", code=2)
+    try:
+        if name in COMMANDS:
+            run_command(name, arguments[1:])
+        else:
+            train(arguments)
+    except (ArgumentError, ValueError, MisconfigurationException) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        if isinstance(error, ArgumentError):
+            _stop(f"{name}: {one_line(error).rstrip('.')}. `{PROGRAM} {name} --help` lists the options.", code=2)
+        _stop(f"{name}: {one_line(error)}", code=1)
 
 
 def run_command(name: str, arguments: list[str]) -> None:
-    """Parses the arguments (and `--config` files) of one of `COMMANDS` and runs it; bad input ends with one line."""
+    """Parses the arguments (and `--config` files) of one of `COMMANDS` and runs it.
+
+    Raises:
+        ArgumentError: the command line or a file is refused.
+        ValueError: the command refuses its input.
+    """
     parser = command_parser(name)
     options = parser.instantiate_classes(parser.parse_args(arguments))
     options.pop("config", None)
-    try:
-        COMMANDS[name](**options)
-    except ValueError as error:
-        sys.exit(f"{PROGRAM} {name}: {error}")
+    COMMANDS[name](**options)
+
+
+def train(arguments: list[str]) -> CompressionCLI:
+    """`fit` and `validate`, through LightningCLI.
+
+    Raises:
+        ArgumentError: the command line or a file is refused.
+        ValueError: a module, a callback or the data refuse their input.
+    """
+    return CompressionCLI(
+        LanguageModelModule,
+        TextDataModule,
+        subclass_mode_model=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        parser_kwargs={"prog": PROGRAM, "exit_on_error": False}
+        | {name: {"exit_on_error": False} for name in _TRAINING},
+        args=arguments,
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, without the parser's account of every type it tried."""
+    told = [_GIVEN_FLAG.sub(r"Got \1.", line.strip().removeprefix("- ")) for line in str(error).splitlines()]
+    useful = [line for line in told if line and not line.startswith(_PARSER_CHATTER)]
+    return " ".join(dict.fromkeys(useful)) or type(error).__name__
+
+
+def _stop(message: str, *, code: int) -> NoReturn:
+    sys.stderr.write(f"{PROGRAM}: {message}\n")
+    sys.exit(code)
 
 
 def command_parser(name: str) -> ArgumentParser:
     """The parser of one command; `data` is TextDataModule's own argument group, as it is for `fit`."""
     command = COMMANDS[name]
-    parser = ArgumentParser(prog=f"{PROGRAM} {name}", description=_summary(name))
-    parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file with arguments; may be given several times."
-    )
+    parser = ArgumentParser(prog=f"{PROGRAM} {name}", description=_summary(name), exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with arguments; may be given several times.")
     needs_data = "data" in command.__annotations__
     parser.add_function_arguments(command, skip={"data"} if needs_data else set())
     if needs_data:
@@ -122,6 +169,7 @@ def overview() -> str:
             *lines,
             "",
             f"`{PROGRAM} SUBCOMMAND --help` lists the options.",
+            f"Errors are one line; with {TRACEBACK_VARIABLE}=1 in the environment they say where they came from.",
             "",
         ]
     )
@@ -137,8 +185,13 @@ def _configure_output() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     for package in ("lightning_moe", "callbacks"):
         logging.getLogger(package).setLevel(logging.INFO)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*treespec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # The arguments are those of the process, handed on.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
 
 
 def _check_callbacks_package() -> None:

@@ -1,12 +1,13 @@
 """The stages as commands: each reads the files the stage before wrote, and can be run alone."""
 
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_moe.adapters.storage import load_adapter
 from lightning_moe.allocation import build_method
@@ -15,23 +16,34 @@ from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.evaluation.compare import StageSpec, compare_stages
 from lightning_moe.evaluation.stages import evaluate_stage, save_stage
 from lightning_moe.evaluation.summary import summarise
-from lightning_moe.export.deploy import ExportFormat, export_model
-from lightning_moe.export.huggingface import save_ragged
+from lightning_moe.export.deploy import ExportFormat, check_formats, export_model
+from lightning_moe.export.huggingface import check_replaceable, save_ragged
 from lightning_moe.files import write_json
 from lightning_moe.models.loading import DtypeName, load_model
 from lightning_moe.quantization.linears import quantize_model
+from lightning_moe.quantization.nf4 import check_hidden_size
 from lightning_moe.records import CalibrationStatistics, PrunePlan
 from lightning_moe.reporting.report import write_report
 from lightning_moe.reporting.table import summary_table
 from lightning_moe.surgery.cut import apply_plan, convert_experts
 from lightning_moe.surgery.repair import plan_repair
 from lightning_moe.training.data import TextDataModule
+from lightning_moe.training.tokenization import load_tokenizer
 
 log = logging.getLogger(__name__)
 Loaders = Mapping[str, Iterable[Mapping[str, Tensor]]]
+Device = Literal["auto", "cpu", "cuda"]
 
 
-def calibrate(*, model: str, out: str, data: TextDataModule, dtype: DtypeName = "auto", moments: bool = True) -> None:
+def calibrate(
+    *,
+    model: str,
+    out: str,
+    data: TextDataModule,
+    dtype: DtypeName = "auto",
+    moments: bool = True,
+    device: Device = "auto",
+) -> None:
     """One forward pass over the calibration corpora: every statistic that any method needs, in one file.
 
     Args:
@@ -40,9 +52,9 @@ def calibrate(*, model: str, out: str, data: TextDataModule, dtype: DtypeName = 
         data: The data module; its `calibration` corpora are used.
         dtype: Type of the weights during the pass.
         moments: Also gather the [E, H] and [E, E] sums that some expert criteria want.
+        device: Where it runs; `auto` is the GPU if there is one.
     """
-    data.setup("fit")
-    loaded = load_model(model, dtype=dtype)
+    loaded = _load(model, dtype=dtype, device=device)
     statistics = collect_statistics(loaded, loaders=data.calibration_dataloaders(), moments=moments)
     statistics.save(out)
     log.info("Statistics of corpora %s written to %s.", list(statistics.corpora), out)
@@ -84,6 +96,7 @@ def prune(
     repair: bool = True,
     repair_memory_gb: float = 4.0,
     dtype: DtypeName = "auto",
+    device: Device = "auto",
 ) -> None:
     """Cut a model by a plan, repair it, pack it, and write a folder that stock `from_pretrained` loads.
 
@@ -96,12 +109,15 @@ def prune(
         repair: Refit the down projections by least squares (a second calibration pass).
         repair_memory_gb: Memory for the Gram matrices; more passes where it does not suffice.
         dtype: Type of the weights.
+        device: Where it runs; `auto` is the GPU if there is one.
     """
     decided = PrunePlan.load(plan)
-    loaded = load_model(model, dtype=dtype)
+    check_replaceable(out)
+    loaded = _load(model, dtype=dtype, device=device)
+    if quantize == "nf4":
+        check_hidden_size(decided.shape.hidden_size)
     refit = None
-    if repair:
-        data.setup("fit")
+    if repair and decided.num_kept < decided.shape.num_channels:
         refit = plan_repair(loaded, plan=decided, loaders=data.calibration_dataloaders(), memory_gb=repair_memory_gb)
     apply_plan(loaded, plan=decided, repair=refit)
     if quantize == "nf4":
@@ -120,6 +136,7 @@ def evaluate(
     name: str = "evaluated",
     prune_ratio: float = 0.0,
     dtype: DtypeName = "float32",
+    device: Device = "auto",
 ) -> None:
     """Loss and perplexity per validation corpus, bytes on disk, stored and active parameters of a folder.
 
@@ -131,23 +148,33 @@ def evaluate(
         name: Name of the row.
         prune_ratio: The ratio the row states.
         dtype: Type of the unpacked weights.
+        device: Where it runs; `auto` is the GPU if there is one.
     """
-    started = time.perf_counter()
     row = evaluate_stage(
         name,
         folder=resolve_asset(model),
         adapter=adapter,
         loaders=_held_out(data),
         prune_ratio=prune_ratio,
-        seconds=time.perf_counter() - started,
+        seconds=0.0,
         dtype=dtype,
+        device=_device(device),
     )
     save_stage(out, stage=row)
     log.info("%s", "\n".join(f"{corpus}: {nll:.4f} nats" for corpus, nll in row["nll_per_corpus"].items()))
     log.info("%s: %.4f nats per token over %d corpora.", name, row["nll"], len(row["nll_per_corpus"]))
 
 
-def compare(*, model: str, statistics: str, out: str, stages: list[StageSpec], data: TextDataModule) -> None:
+def compare(
+    *,
+    model: str,
+    statistics: str,
+    out: str,
+    stages: list[StageSpec],
+    data: TextDataModule,
+    dtype: DtypeName = "float32",
+    device: Device = "auto",
+) -> None:
     """Methods and ratios side by side: each is cut, saved, reloaded and evaluated on held-out text.
 
     Args:
@@ -156,6 +183,8 @@ def compare(*, model: str, statistics: str, out: str, stages: list[StageSpec], d
         out: Folder of results.
         stages: Rows to make; those of the same cut must follow each other to share it.
         data: The data module; `calibration` for the repair, `validation` to evaluate.
+        dtype: Type of the weights while they are cut and evaluated.
+        device: Where it runs; `auto` is the GPU if there is one.
     """
     held_out = _held_out(data)
     compare_stages(
@@ -165,6 +194,8 @@ def compare(*, model: str, statistics: str, out: str, stages: list[StageSpec], d
         calibration=data.calibration_dataloaders(),
         held_out=held_out,
         out=out,
+        dtype=dtype,
+        device=_device(device),
     )
 
 
@@ -176,14 +207,19 @@ def export(
     Args:
         model: A pruned folder (or the dense model, to convert it).
         out: Folder of the exports, one subfolder each.
-        formats: `adapter`, `merged`, `merged_nf4`, `ragged`, `padded`.
+        formats: `adapter`, `merged`, `merged_nf4` (all of a model and its adapter), `ragged` and `padded` (16 bit),
+            `stock` (an uncut model), `nf4` (packed; stands last).
         adapter: Folder of the PEFT adapter of that model, for the first three.
         dtype: Type of the unpacked weights.
     """
+    check_formats(formats)
     loaded = load_model(model, dtype=dtype)
-    convert_experts(loaded)
-    peft_model = None if adapter is None else load_adapter(loaded, folder=adapter)
-    results = export_model(loaded, folder=out, formats=formats, peft_model=peft_model)
+    peft_model = None
+    if adapter is not None:
+        convert_experts(loaded)
+        peft_model = load_adapter(loaded, folder=adapter)
+    tokenizer = _tokenizer_of(model)
+    results = export_model(loaded, folder=out, formats=formats, peft_model=peft_model, tokenizer=tokenizer)
     write_json(Path(out) / "exports.json", [result.to_dict() for result in results])
     for result in results:
         log.info("%s: %s", result.format, result.describe())
@@ -207,8 +243,27 @@ def report(*, folder: str, control: str = "control", statistics: str | None = No
     log.info("%s\n\nSummary: %s\nReport: %s", summary_table(summary), Path(folder) / "summary.json", page)
 
 
+def _device(device: Device) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _load(model: str, *, dtype: DtypeName, device: Device) -> PreTrainedModel:
+    """The model on a device."""
+    loaded = load_model(model, dtype=dtype)
+    return loaded.to(_device(device))  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its types
+
+
+def _tokenizer_of(model: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model; a folder may have none."""
+    folder = Path(resolve_asset(model))
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return None
+    return load_tokenizer(model)
+
+
 def _held_out(data: TextDataModule) -> Loaders:
-    data.setup("fit")
     return dict(zip(data.validation_names, data.val_dataloader(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Every family through the whole job: calibrate, plan, cut, drop experts, repair, NF4, DoRA step, save, reload, merge."""
+"""Every family through the whole job: calibrate, plan, cut, repair, NF4, DoRA step, save, reload, merge."""
 
 import pytest
 import torch

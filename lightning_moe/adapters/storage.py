@@ -63,6 +63,7 @@ def load_adapter(model: PreTrainedModel, *, folder: str | Path, trainable: bool 
     loaded, _ = read_tensors(Path(folder) / WEIGHTS_NAME, what="adapter")
     config = adapter_config_of(folder, model=model)
     config.inference_mode = not trainable
+    config.base_model_name_or_path = model.name_or_path or None  # the base may have moved: PEFT would warn
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     expected = adapter_tensors(peft_model)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lightning_moe.calibration.measure import CountedTokens, LayerMeasurement, router_sums, weight_norms
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
 from lightning_moe.models.discovery import MoeLayer, model_shape, moe_layers
+from lightning_moe.progress import hidden
 from lightning_moe.records import CalibrationStatistics
 
 log = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def decoder_inputs(
     """
     for corpus, loader in loaders.items():
         counted = num_batches = 0
-        for batch in tqdm(loader, desc=f"{title}: {corpus}", disable=not progress, leave=False):
+        for batch in tqdm(loader, desc=f"{title}: {corpus}", disable=hidden(progress=progress), leave=False):
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
             mask = inputs.get("attention_mask")
             counted += inputs["input_ids"].numel() if mask is None else int(mask.count_nonzero())

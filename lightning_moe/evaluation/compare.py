@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -10,13 +10,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightning_moe.allocation import build_method
-from lightning_moe.evaluation.stages import Stage, evaluate_stage, save_stage
+from lightning_moe.allocation.budget import check_prune_ratio
+from lightning_moe.assets import resolve_asset
+from lightning_moe.evaluation.stages import Stage, check_stage_name, evaluate_stage, save_stage
 from lightning_moe.export.huggingface import save_ragged
-from lightning_moe.models.loading import load_model
+from lightning_moe.models.loading import DtypeName, load_model
 from lightning_moe.quantization.linears import quantize_model
-from lightning_moe.records import CalibrationStatistics, PrunePlan
+from lightning_moe.records import CalibrationStatistics
 from lightning_moe.surgery.cut import apply_plan
 from lightning_moe.surgery.repair import plan_repair
 
@@ -37,7 +40,8 @@ class StageSpec:
         repair: refit the down projections by least squares.
 
     Raises:
-        ValueError: the name is empty or not a plain file name, or `bits` is neither 4 nor 16.
+        ValueError: the name is not a plain file name, `bits` is neither 4 nor 16, or ratio, method or settings are
+            refused.
     """
 
     name: str
@@ -48,8 +52,9 @@ class StageSpec:
     repair: bool = True
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
-            raise ValueError(f"`name` of a stage must be a plain file name, got {self.name!r}.")
+        check_stage_name(self.name)
+        check_prune_ratio(self.prune_ratio)
+        build_method(self.method, **self.method_args)
         if self.bits not in (4, 16):
             raise ValueError(f"`bits` of stage '{self.name}' must be 4 or 16, got {self.bits}.")
 
@@ -67,6 +72,8 @@ def compare_stages(
     calibration: Loaders,
     held_out: Loaders,
     out: str | Path,
+    dtype: DtypeName = "float32",
+    device: torch.device | str = "cpu",
 ) -> dict[str, Stage]:
     """Runs every stage and the dense model; rows are written as they are made.
 
@@ -77,59 +84,86 @@ def compare_stages(
         calibration: batches for the second pass of the repair, by corpus.
         held_out: batches to evaluate on, by corpus.
         out: rows go to `<out>/stages`, models to `<out>/models`.
+        dtype: type of the weights while they are cut and evaluated.
+        device: where.
 
     Returns:
         Rows by name, the dense one under `dense`.
+
+    Raises:
+        ValueError: two stages share a name, or something of a stage is refused.
     """
     out = Path(out)
-    from lightning_moe.assets import resolve_asset
-
-    dense = evaluate_stage("dense", folder=resolve_asset(source), loaders=held_out, prune_ratio=0.0, seconds=0.0)
+    names = ["dense", *(stage.name for stage in stages)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Every stage needs its own name, and `dense` is the unpruned model's; got {names}.")
+    bench = _Bench(
+        source=resolve_asset(source),
+        statistics=statistics,
+        calibration=calibration,
+        held_out=held_out,
+        out=out,
+        dtype=dtype,
+        device=device,
+    )
+    dense = bench.evaluate("dense", folder=bench.source, prune_ratio=0.0, seconds=0.0)
     save_stage(out, stage=dense)
     rows = {"dense": dense}
     for _, same_cut in groupby(stages, key=lambda stage: stage.cut):
-        members = sorted(same_cut, key=lambda stage: -stage.bits)
-        for row in _run_cut(
-            source, members=members, statistics=statistics, calibration=calibration, held_out=held_out, out=out
-        ):
+        for row in bench.run_cut(sorted(same_cut, key=lambda stage: -stage.bits)):
             rows[row["name"]] = row
             log.info("%s: %.4f nats per token (dense %.4f).", row["name"], row["nll"], dense["nll"])
     return rows
 
 
-def _run_cut(
-    source: str,
-    *,
-    members: Sequence[StageSpec],
-    statistics: CalibrationStatistics,
-    calibration: Loaders,
-    held_out: Loaders,
-    out: Path,
-) -> list[Stage]:
-    """Rows that share one cut: 16 bit first, then the same model packed."""
-    started = time.perf_counter()
-    spec = members[0]
-    model = load_model(source, dtype="float32")
-    plan = build_method(spec.method, **spec.method_args).plan(statistics, prune_ratio=spec.prune_ratio)
-    plan.save(out / "plans" / f"{spec.name}.json")
-    repair = plan_repair(model, plan=plan, loaders=calibration) if spec.repair and _cuts(plan) else None
-    apply_plan(model, plan=plan, repair=repair)
-    seconds = time.perf_counter() - started
-    rows = []
-    for member in members:
-        if member.bits == 4:
-            quantize_model(model)
-        folder = out / "models" / member.name
-        save_ragged(model, folder, dtype=torch.bfloat16)
-        row = evaluate_stage(
-            member.name, folder=folder, loaders=held_out, prune_ratio=spec.prune_ratio, seconds=seconds
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Bench:
+    """What every stage of one comparison shares: see `compare_stages`."""
+
+    source: str
+    statistics: CalibrationStatistics
+    calibration: Loaders
+    held_out: Loaders
+    out: Path
+    dtype: DtypeName
+    device: torch.device | str
+
+    def evaluate(self, name: str, *, folder: str | Path, prune_ratio: float, seconds: float) -> Stage:
+        """The row of a folder."""
+        return evaluate_stage(
+            name,
+            folder=folder,
+            loaders=self.held_out,
+            prune_ratio=prune_ratio,
+            seconds=seconds,
+            dtype=self.dtype,
+            device=self.device,
         )
-        row |= {"method": spec.method, "repair": repair is not None, "bits": member.bits}
-        save_stage(out, stage=row)
-        rows.append(row)
-    return rows
 
+    def run_cut(self, members: Sequence[StageSpec]) -> Iterator[Stage]:
+        """Rows that share one cut: 16 bit first, then the same model packed."""
+        started = time.perf_counter()
+        spec, packed = members[0], False
+        model, repaired = self._cut(spec)
+        seconds = time.perf_counter() - started
+        for member in members:
+            if member.bits == 4 and not packed:
+                quantize_model(model)
+                packed = True
+            folder = self.out / "models" / member.name
+            save_ragged(model, folder, dtype=torch.bfloat16)
+            row = self.evaluate(member.name, folder=folder, prune_ratio=spec.prune_ratio, seconds=seconds)
+            row |= {"method": spec.method, "repair": repaired, "bits": member.bits}
+            save_stage(self.out, stage=row)
+            yield row
 
-def _cuts(plan: PrunePlan) -> bool:
-    """Whether the plan removes anything."""
-    return plan.num_kept < plan.shape.num_channels
+    def _cut(self, spec: StageSpec) -> tuple[PreTrainedModel, bool]:
+        """The cut model, and whether it was repaired."""
+        model = load_model(self.source, dtype=self.dtype)
+        model.to(self.device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its types
+        plan = build_method(spec.method, **spec.method_args).plan(self.statistics, prune_ratio=spec.prune_ratio)
+        plan.save(self.out / "plans" / f"{spec.name}.json")
+        wanted = spec.repair and plan.num_kept < plan.shape.num_channels
+        repair = plan_repair(model, plan=plan, loaders=self.calibration) if wanted else None
+        apply_plan(model, plan=plan, repair=repair)
+        return model, repair is not None

@@ -3,7 +3,8 @@
 B sequences, S positions, V vocabulary, T tokens, K experts per token, E experts.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,11 @@ from torchmetrics.text import Perplexity
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lightning_moe.calibration.observer import evaluating
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
+from lightning_moe.progress import hidden
+
+_ALONE: dict[str, Any] = {"sync_on_compute": False}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,7 +29,8 @@ class Evaluation:
     Args:
         nll_per_corpus: mean next-token loss of each corpus, in nats.
         num_tokens: predicted tokens of all corpora.
-        usage: name of each experts module -> share of tokens routed to each expert `[E]`, summing to top-k.
+        usage: name of each experts module -> share of tokens (padding left out) routed to each expert `[E]`, summing
+            to top-k.
     """
 
     nll_per_corpus: Mapping[str, float]
@@ -53,52 +59,63 @@ def evaluate_model(
     """
     if not loaders:
         raise ValueError("There is no corpus to evaluate on: give the data module at least one validation corpus.")
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     nll: dict[str, float] = {}
     num_tokens = 0
-    with _count_usage(model) as counts:
+    usage = _Usage(model)
+    with evaluating(model), usage.counting():
         for name, loader in loaders.items():
-            metric = Perplexity(ignore_index=-100).to(device)
-            for batch in tqdm(loader, desc=f"evaluate {name}", leave=False, disable=not progress):
+            # Of this process alone: the report of a distributed run is made by its first rank.
+            metric = Perplexity(ignore_index=-100, **_ALONE).to(device)
+            for batch in tqdm(loader, desc=f"evaluate {name}", leave=False, disable=hidden(progress=progress)):
                 inputs = {key: value.to(device) for key, value in batch.items()}
                 labels_BS = inputs.pop("labels")
+                usage.counted_T = inputs["attention_mask"].reshape(-1) != 0
                 update_perplexity(metric, model(**inputs, use_cache=False).logits, labels_BS)
                 num_tokens += int((labels_BS[:, 1:] != -100).sum())
             nll[name] = _finite_nll(metric, corpus=name)
-    model.train(was_training)
-    usage = {name: count_E / max(total, 1) for name, (count_E, total) in counts.items()}
-    return Evaluation(nll_per_corpus=nll, num_tokens=num_tokens, usage=usage)
+    return Evaluation(nll_per_corpus=nll, num_tokens=num_tokens, usage=usage.shares())
 
 
 def _finite_nll(metric: Perplexity, *, corpus: str) -> float:
     if int(metric.count) == 0:
         raise ValueError(f"Corpus '{corpus}' has no token to predict: it is empty or shorter than two tokens.")
     nll = float(metric.compute().log())
-    if nll != nll or nll == float("inf"):
+    if not math.isfinite(nll):
         raise ValueError(f"The loss on corpus '{corpus}' is {nll}: the model's weights or its text are broken.")
     return nll
 
 
-@contextmanager
-def _count_usage(model: PreTrainedModel) -> Iterator[dict[str, tuple[Tensor, int]]]:
-    """Counts routed tokens per expert while the block runs: name of the experts module -> ([E] counts, tokens)."""
-    counts: dict[str, tuple[Tensor, int]] = {}
-    hooks = [layer.experts.register_forward_pre_hook(_usage_hook(layer, counts)) for layer in moe_layers(model)]
-    try:
-        yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
+class _Usage:
+    """Counts the tokens routed to each expert; `counted_T` says which tokens of the running batch are no padding."""
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.layers = moe_layers(model)
+        self.counted_T = torch.empty(0, dtype=torch.bool)
+        self.num_tokens: dict[str, int] = {}
+        self.counts: dict[str, Tensor] = {}
 
-def _usage_hook(layer: MoeLayer, counts: dict[str, tuple[Tensor, int]]) -> Any:
-    num_experts = len(expert_widths(layer.base_experts))
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Watches every experts module while the block runs."""
+        hooks = [layer.experts.register_forward_pre_hook(self._hook(layer)) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        index_TK = args[1]
-        total_E, tokens = counts.get(layer.name, (torch.zeros(num_experts), 0))
-        total_E = total_E + torch.bincount(index_TK.reshape(-1), minlength=num_experts).cpu()
-        counts[layer.name] = (total_E, tokens + index_TK.shape[0])
+    def shares(self) -> dict[str, Tensor]:
+        """Name of each experts module -> share of tokens per expert `[E]`."""
+        return {name: (count_E / self.num_tokens[name]).cpu() for name, count_E in self.counts.items()}
 
-    return count
+    def _hook(self, layer: MoeLayer) -> Callable[..., None]:
+        num_experts = len(expert_widths(layer.base_experts))
+
+        def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            index_TK = args[1][self.counted_T]
+            count_E = torch.bincount(index_TK.reshape(-1), minlength=num_experts)
+            self.counts[layer.name] = self.counts.get(layer.name, 0) + count_E
+            self.num_tokens[layer.name] = self.num_tokens.get(layer.name, 0) + len(index_TK)
+
+        return count

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_moe.adapters.storage import load_adapter
@@ -16,9 +17,25 @@ from lightning_moe.quantization.footprint import measure_footprint
 Stage = dict[str, Any]
 
 
-def model_bytes(folder: str | Path) -> int:
-    """Bytes on disk of a model or adapter folder: its tensors and its configs, without tokenizer and documents."""
+def check_stage_name(name: str) -> str:
+    """The name of a row, which is also a file's.
+
+    Raises:
+        ValueError: it is empty or not a plain file name.
+    """
+    if not name or Path(name).name != name:
+        raise ValueError(f"`name` of a stage must be a plain file name, got {name!r}.")
+    return name
+
+
+def model_bytes(folder: str | Path) -> int | None:
+    """Bytes on disk of a model or adapter folder: its tensors and its configs, without tokenizer and documents.
+
+    None where `folder` is not a local folder but a hub name.
+    """
     folder = Path(folder)
+    if not folder.is_dir():
+        return None
     tensors = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return tensors + sum(file.stat().st_size for file in folder.glob("*config.json") if "tokenizer" not in file.name)
 
@@ -32,28 +49,33 @@ def evaluate_stage(
     seconds: float,
     adapter: str | Path | None = None,
     dtype: DtypeName = "float32",
+    device: torch.device | str = "cpu",
 ) -> Stage:
     """Loads a folder (and its adapter), evaluates it, and measures what it takes.
 
     Args:
         name: name of the row.
-        folder: a dense, ragged or packed model.
+        folder: a model.
         loaders: one loader of batches per held-out corpus.
         prune_ratio: the share of routed-expert channels removed.
-        seconds: what it took to make the folder.
+        seconds: what making the folder took.
         adapter: a PEFT adapter of that model, if any.
         dtype: type of the unpacked weights during evaluation.
+        device: where it is evaluated.
 
     Returns:
-        A dict of plain types: name, prune_ratio, keep_ratio, nll, nll_per_corpus (nats per token), bytes (on disk),
-        stored_params, active_params (measured on the evaluated text), seconds, seconds_evaluation.
+        Plain types; nll in nats per token, bytes on disk (None for a hub name), active_params as measured on the text.
+
+    Raises:
+        ValueError: the name is no plain file name, or folder, adapter or text are refused.
     """
-    started = time.perf_counter()
+    started, name = time.perf_counter(), check_stage_name(name)
     model = load_model(str(folder), dtype=dtype)
-    num_bytes = model_bytes(folder)
+    parts = [model_bytes(folder)]
     if adapter is not None:
         load_adapter(model, folder=adapter)
-        num_bytes += model_bytes(adapter)
+        parts.append(model_bytes(adapter))
+    model.to(device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its types
     result = evaluate_model(model, loaders=loaders)
     footprint = measure_footprint(model, usage=result.usage)
     return {
@@ -62,7 +84,7 @@ def evaluate_stage(
         "keep_ratio": 1 - prune_ratio,
         "nll": result.nll,
         "nll_per_corpus": dict(result.nll_per_corpus),
-        "bytes": num_bytes,
+        "bytes": None if None in parts else sum(filter(None, parts)),
         "stored_params": footprint.stored_params,
         "active_params": round(footprint.active_params),
         "seconds": round(seconds, 2),
@@ -79,10 +101,15 @@ def load_stages(folder: str | Path) -> dict[str, Stage]:
     """All rows below `<folder>/stages`, by name.
 
     Raises:
-        ValueError: there is no row there.
+        ValueError: there is no row there, or a file is not a row.
     """
-    files = sorted(Path(folder).glob("stages/*.json"))
-    rows = [read_json(file, what="row of results") for file in files if not file.name.endswith(".exports.json")]
-    if not rows:
+    files = [file for file in sorted(Path(folder).glob("stages/*.json")) if not file.name.endswith(".exports.json")]
+    if not files:
         raise ValueError(f"There are no rows of results below '{folder}/stages': run `compare` or `fit` first.")
-    return {row["name"]: row for row in rows}
+    rows: dict[str, Stage] = {}
+    for file in files:
+        row = read_json(file, what="row of results")
+        if not isinstance(row, dict) or not {"name", "nll", "prune_ratio"} <= row.keys():
+            raise ValueError(f"'{file}' is not a row of results: it needs `name`, `nll` and `prune_ratio`. Delete it.")
+        rows[row["name"]] = row
+    return rows

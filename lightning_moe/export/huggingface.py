@@ -21,6 +21,7 @@ from lightning_moe.export.restoring import align_rows, check_tensors, restore_la
 from lightning_moe.files import read_json, write_atomically, write_json
 from lightning_moe.models.channel_experts import ChannelExperts, DenseRows
 from lightning_moe.models.discovery import moe_layers
+from lightning_moe.progress import quiet_transformers
 
 QUANT_METHOD = "channel_moe"
 
@@ -91,6 +92,8 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
     """Rebuilds the cut structure on the meta model; bitsandbytes' own code deserialises the packed Linear layers."""
 
     requires_calibration = True
+    # What `save_pretrained` writes instead of the model's own tensors.
+    stored_tensors: dict[str, Tensor] | None = None
 
     @property
     def quantized_element_size(self) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -109,10 +112,15 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
         is_float = param.is_floating_point() if isinstance(param, Tensor) else param.get_dtype().startswith(("F", "BF"))
         return dtype if is_float and dtype is not None and dtype.is_floating_point else None
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
-        """Runs in `save_pretrained` before the config is written: describes anew a model cut since it was loaded."""
+    def get_state_dict_and_metadata(  # pyright: ignore[reportIncompatibleMethodOverride]: declared as always None
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """Runs in `save_pretrained` before the config is written: describes anew a model cut since it was loaded.
+
+        What it returns replaces the `state_dict` argument of `save_pretrained`; None means the model's own.
+        """
         model.config.quantization_config = quantization_config_of(model)
-        return None, {}
+        return self.stored_tensors, {}
 
     def _process_model_before_weight_loading(
         self,
@@ -177,8 +185,10 @@ def save_ragged(model: PreTrainedModel, folder: str | Path, *, dtype: torch.dtyp
     """
     config = quantization_config_of(model)
     check_replaceable(folder)
-    with _described_by(model, config), write_atomically(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=_stored_tensors(model, dtype), save_original_format=False)
+    quantizer = ChannelMoeQuantizer(config, pre_quantized=True)
+    quantizer.stored_tensors = _stored_tensors(model, dtype)
+    with _described_by(model, quantizer), write_atomically(folder) as temporary, quiet_transformers():
+        model.save_pretrained(temporary, save_original_format=False)
         if dtype is not None:
             declared = read_json(temporary / "config.json", what="model config")
             write_json(temporary / "config.json", declared | {"dtype": str(dtype).removeprefix("torch.")})
@@ -189,11 +199,10 @@ def _stored_tensors(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[s
     if dtype is None or dtype == model.dtype:
         return None
     matrices = (nn.Linear, nn.Embedding, DenseRows)
-    weights = {
-        id(m.weight): m.weight for m in model.modules() if isinstance(m, matrices) and m.weight.is_floating_point()
-    }
-    cast = {weight.data_ptr(): weight.detach().to(dtype) for weight in weights.values()}
-    return {name: cast.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
+    weights = [module.weight for module in model.modules() if isinstance(module, matrices) and module.weight.numel()]
+    cast = {weight.data_ptr(): weight.detach().to(dtype) for weight in weights if weight.is_floating_point()}
+    tensors: dict[str, Tensor] = model.state_dict()
+    return {name: cast.get(tensor.data_ptr(), tensor) for name, tensor in tensors.items()}
 
 
 def check_replaceable(folder: str | Path) -> None:
@@ -210,12 +219,12 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 @contextmanager
-def _described_by(model: PreTrainedModel, config: ChannelMoeConfig) -> Iterator[None]:
-    """The model with this quantization config inside the block, and with what it had before afterwards."""
+def _described_by(model: PreTrainedModel, quantizer: ChannelMoeQuantizer) -> Iterator[None]:
+    """The model with this quantizer and its config inside the block, and with what it had before afterwards."""
     owners = {"quantization_config": model.config, "hf_quantizer": model}
     before = {name: vars(owner)[name] for name, owner in owners.items() if name in vars(owner)}
-    model.config.quantization_config = config
-    model.__dict__["hf_quantizer"] = ChannelMoeQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = quantizer.quantization_config
+    model.__dict__["hf_quantizer"] = quantizer
     try:
         yield
     finally:

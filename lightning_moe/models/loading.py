@@ -11,6 +11,7 @@ import lightning_moe.models.deepseek  # noqa: F401  (registers the model type)
 from lightning_moe.assets import resolve_asset
 from lightning_moe.files import read_shapes
 from lightning_moe.models.families import family_of
+from lightning_moe.progress import quiet_transformers
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -49,9 +50,10 @@ def load_model(source: str, *, dtype: DtypeName = "auto", from_scratch: bool = F
 
 def _load_whole(location: str, *, dtype: str | torch.dtype) -> PreTrainedModel:
     """`from_pretrained`, which warns of missing weights and fills them with random numbers: here they are errors."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     model, report = loaded
     missing = _names(report["missing_keys"])
     if missing:

@@ -1,14 +1,14 @@
 """What a model stores and what a token uses.  E experts of a layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
+from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_moe.models.channel_experts import PROJECTIONS
-from lightning_moe.models.discovery import expert_widths, moe_layers
+from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
 from lightning_moe.models.routers import without_adapter
 from lightning_moe.quantization.nf4 import PackedRows
 
@@ -38,13 +38,12 @@ def measure_footprint(model: PreTrainedModel, *, usage: Mapping[str, Tensor] | N
             on text. Without it every expert is taken to be used equally often.
     """
     hidden_size = int(model.config.get_text_config().hidden_size)
-    modules = [module for name, module in model.named_modules() if "lora_" not in name]
+    modules = [module for name, module in model.named_modules() if not _is_adapter(name)]
     stored = sum(_logical_size(module) for module in modules) - _tied_parameters(model)
     expert_params = active_expert_params = 0.0
     for layer in moe_layers(model):
         widths = expert_widths(layer.base_experts)
-        uniform = [int(without_adapter(layer.router).top_k) / len(widths)] * len(widths)  # pyright: ignore
-        share_E = usage[layer.name].tolist() if usage is not None else uniform
+        share_E = _uniform_usage(layer, widths) if usage is None else usage[layer.name].tolist()
         expert_params += len(PROJECTIONS) * hidden_size * sum(widths)
         active_expert_params += (
             len(PROJECTIONS) * hidden_size * sum(share * width for share, width in zip(share_E, widths, strict=True))
@@ -56,11 +55,23 @@ def measure_footprint(model: PreTrainedModel, *, usage: Mapping[str, Tensor] | N
     )
 
 
+def _uniform_usage(layer: MoeLayer, widths: Sequence[int]) -> list[float]:
+    """Every expert that still has channels is used equally often."""
+    top_k = int(without_adapter(layer.router).top_k)  # pyright: ignore[reportArgumentType]
+    num_alive = sum(width > 0 for width in widths)
+    return [top_k / num_alive if width else 0.0 for width in widths]
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether PEFT put this module beside a base layer: LoRA or DoRA parameters, or a trained copy of a norm."""
+    return "lora_" in name or "modules_to_save" in name
+
+
 def _logical_size(module: nn.Module) -> int:
     """Parameters that belong to this module itself, counted before packing."""
     if isinstance(module, PackedRows):
         return module.shape[0] * module.shape[1]
-    if isinstance(module, bnb.nn.Linear4bit):
+    if isinstance(module, Linear4bit):
         bias = 0 if module.bias is None else module.out_features
         return module.in_features * module.out_features + bias
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))

@@ -89,7 +89,7 @@ class PrunePlan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over what is kept, of which model, by which method; provenance left out."""
-        content = {key: value for key, value in self._to_dict().items() if key != "provenance"}
+        content = {key: value for key, value in self.to_dict().items() if key != "provenance"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> str:
@@ -134,7 +134,8 @@ class PrunePlan:
                 "Calibrate and plan this model, or load the one the plan was made for."
             )
 
-    def _to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types; one hexadecimal mask per expert, first channel in the highest bit."""
         content: dict[str, Any] = {"kind": _KIND, "version": _VERSION}
         content |= {"method": self.method, "prune_ratio": self.prune_ratio, "align": self.align}
         content |= {"provenance": dict(self.provenance), "shape": self.shape.to_dict()}
@@ -142,9 +143,9 @@ class PrunePlan:
         return content | {"keep": {layer.name: _to_hex(keep_C, widths=layer.widths) for layer, keep_C in layers}}
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, one line per expert: its mask in hexadecimal, first channel in the highest bit."""
+        """Writes `to_dict` as JSON, one line per expert."""
         with write_atomically(path) as temporary:
-            temporary.write_text(_dump(self._to_dict(), indent="") + "\n", encoding="utf-8")
+            temporary.write_text(_dump(self.to_dict(), indent="") + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -154,8 +155,20 @@ class PrunePlan:
             ValueError: the file is missing, truncated, of another kind or version, or its lengths do not fit; the
                 message names the file.
         """
-        content = read_json(path, what=_KIND)
-        check_record({"record": content}, kind=_KIND, version=_VERSION, path=path)
+        return cls.from_dict(read_json(path, what=_KIND), source=path)
+
+    @classmethod
+    def from_dict(cls, content: Any, *, source: str | Path = "checkpoint") -> Self:
+        """The inverse of `to_dict`.
+
+        Args:
+            content: what `to_dict` gave.
+            source: where it comes from, for messages.
+
+        Raises:
+            ValueError: see `load`.
+        """
+        check_record({"record": content}, kind=_KIND, version=_VERSION, path=source)
         try:
             shape = ModelShape.from_dict(content["shape"])
             names, masks = [layer.name for layer in shape.layers], content["keep"]
@@ -165,9 +178,9 @@ class PrunePlan:
             keep = tuple(_from_hex(masks[layer.name], layer=layer) for layer in shape.layers)
             return cls(shape=shape, keep=keep, **{key: content[key] for key in _KEYS})
         except KeyError as error:
-            raise ValueError(f"'{path}' is not a valid {_KIND}: {error} is missing. Plan again.") from error
+            raise ValueError(f"'{source}' is not a valid {_KIND}: {error} is missing. Plan again.") from error
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"'{path}' is not a valid {_KIND}: {error} Plan again.") from error
+            raise ValueError(f"'{source}' is not a valid {_KIND}: {error} Plan again.") from error
 
 
 def _to_hex(keep_C: Tensor, *, widths: tuple[int, ...]) -> list[str]:

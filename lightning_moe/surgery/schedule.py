@@ -1,6 +1,15 @@
 """When to cut: a validated list of (step, prune_ratio)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from lightning_moe.models.channel_experts import ChannelExperts
+from lightning_moe.models.discovery import moe_layers
+from lightning_moe.models.routers import without_adapter
+from lightning_moe.records import PrunePlan
+from lightning_moe.surgery.cut import cut_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +50,23 @@ class PruneSchedule:
                 f"Scheduled cuts run on one device, got {num_devices}. Use `prune_ratio` (one cut before training), "
                 "which works under every strategy."
             )
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Refuses models whose weights themselves are not trained: scheduled cuts follow optimizers of plain parameters.
+
+    Raises:
+        ValueError: experts are packed in 4 bit, or adapters are around them or their router.
+    """
+    for layer in moe_layers(model):
+        if isinstance(layer.base_experts, ChannelExperts) and layer.base_experts.packed:
+            raise ValueError(f"'{layer.name}' is in 4 bit, and `schedule` cuts weights in training. Use `prune_ratio`.")
+        if layer.experts is not layer.base_experts or without_adapter(layer.router) is not layer.router:
+            raise ValueError(f"'{layer.block_name}' has adapters, and `schedule` cuts bare weights. Use `prune_ratio`.")
+
+
+def replay_cuts(model: PreTrainedModel, *, plans: Sequence[PrunePlan]) -> None:
+    """Gives a freshly loaded model the structure it had after these cuts; the weights come from a checkpoint then."""
+    for plan in plans:
+        for layer in moe_layers(model):
+            cut_layer(layer, keep_C=plan.keep[layer.index])

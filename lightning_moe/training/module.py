@@ -1,7 +1,8 @@
 """LightningModules: a language model trained whole, and one recovered through its adapters."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -14,8 +15,16 @@ from typing_extensions import override
 from lightning_moe.adapters.groups import trainable_groups
 from lightning_moe.evaluation.perplexity import update_perplexity
 from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.losses import distillation_loss
-from lightning_moe.training.optim import OptimizerName, ScheduleName, build_optimizer, build_schedule
+from lightning_moe.training.optim import (
+    OptimizerName,
+    ScheduleName,
+    build_optimizer,
+    build_schedule,
+    check_optimizer,
+    check_schedule,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +89,11 @@ class LanguageModelModule(LightningModule):
             router_loss=router_loss,
             gradient_checkpointing=gradient_checkpointing,
         )
+        check_optimizer(optimizer)
+        check_schedule(schedule, warmup_ratio=warmup_ratio)
         self.learning_rate = learning_rate
         self.model: PreTrainedModel | None = None
-        self.perplexity: nn.ModuleDict = nn.ModuleDict()
+        self.perplexity = nn.ModuleList()
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -101,7 +112,7 @@ class LanguageModelModule(LightningModule):
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.router_loss:
-            self.model.config.router_aux_loss_coef = settings.router_loss  # pyright: ignore[reportAttributeAccessIssue]
+            _set_router_loss(self.model, settings.router_loss)
 
     @override
     def on_fit_start(self) -> None:
@@ -118,9 +129,8 @@ class LanguageModelModule(LightningModule):
     @override
     def on_validation_start(self) -> None:
         """One perplexity per validation corpus."""
-        for name in self._validation_names():
-            if name not in self.perplexity:
-                self.perplexity[name] = Perplexity(ignore_index=-100).to(self.device)
+        metrics = [Perplexity(ignore_index=-100) for _ in self._validation_names()]
+        self.perplexity = nn.ModuleList(metrics).to(self.device)
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -128,17 +138,16 @@ class LanguageModelModule(LightningModule):
         logits = self.language_model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits
-        metric = self.perplexity[self._validation_names()[dataloader_idx]]
-        update_perplexity(metric, logits, batch["labels"])
+        update_perplexity(cast(Perplexity, self.perplexity[dataloader_idx]), logits, batch["labels"])
 
     @override
     def on_validation_epoch_end(self) -> None:
         """Logs `perplexity/<corpus>`, `nll/<corpus>` (nats per token) and their mean over corpora as `nll`."""
-        perplexity = {name: metric.compute() for name, metric in self.perplexity.items()}
+        metrics = cast(Iterable[Perplexity], self.perplexity)
+        perplexity = {name: metric.compute() for name, metric in zip(self._validation_names(), metrics, strict=True)}
         for name, value in perplexity.items():
             self.log(f"perplexity/{name}", value, sync_dist=False)
             self.log(f"nll/{name}", value.log(), sync_dist=False)
-            self.perplexity[name].reset()
         self.log("nll", torch.stack(list(perplexity.values())).log().mean(), prog_bar=True, sync_dist=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -157,15 +166,17 @@ class LanguageModelModule(LightningModule):
             optimizer,
             name=settings.schedule,
             warmup_ratio=settings.warmup_ratio,
-            num_steps=int(self.trainer.estimated_stepping_batches),
+            num_steps=self.trainer.estimated_stepping_batches,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _validation_names(self) -> tuple[str, ...]:
         """Names of the validation corpora, where the data module has them; numbers otherwise."""
-        loaders = self.trainer.val_dataloaders or []
-        names = self.trainer.datamodule.validation_names  # pyright: ignore[reportAttributeAccessIssue]
-        return tuple(names)[: len(loaders)]
+        datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(datamodule, TextDataModule):
+            return datamodule.validation_names
+        loaders = self.trainer.val_dataloaders
+        return tuple(str(index) for index in range(len(loaders) if isinstance(loaders, list | tuple) else 1))
 
 
 class RecoveryModule(LanguageModelModule):
@@ -254,6 +265,11 @@ class RecoveryModule(LanguageModelModule):
             self._teacher = (teacher.requires_grad_(requires_grad=False),)
 
     @override
+    def on_train_end(self) -> None:
+        """Gives up the teacher: what follows needs the memory."""
+        self._teacher = ()
+
+    @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Next-token loss, mixed with the distillation loss where there is a teacher; nats per token."""
         if not self._teacher:
@@ -269,5 +285,39 @@ class RecoveryModule(LanguageModelModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trained parameters only."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = self._trained_shapes()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other adapters: loading is not strict, since the frozen weights are not in it.
+
+        Raises:
+            ValueError: a trained parameter is missing, has no place, or has another shape.
+        """
+        stored = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        present = self._trained_shapes()
+        odd = sorted(name for name in stored.keys() | present.keys() if stored.get(name) != present.get(name))
+        if odd:
+            raise ValueError(
+                f"The checkpoint holds other adapters than the model: '{odd[0]}' is {stored.get(odd[0])} there and "
+                f"{present.get(odd[0])} here (None: absent). Run `fit` or `validate` with the callbacks and settings "
+                "it was trained with; to use the model elsewhere, load what ExportPruned wrote."
+            )
+
+    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _set_router_loss(model: PreTrainedModel, coefficient: float) -> None:
+    """Sets the coefficient that the model took from its config when it was built.
+
+    Raises:
+        ValueError: this family has no load-balancing loss in transformers.
+    """
+    if "router_aux_loss_coef" not in vars(model):
+        raise ValueError(
+            f"transformers has no load-balancing loss for '{model.config.model_type}'. Set `router_loss` to 0."
+        )
+    model.router_aux_loss_coef = coefficient  # pyright: ignore[reportArgumentType]: a plain number, no module
+    model.config.router_aux_loss_coef = coefficient

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by name."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,28 @@ from transformers import get_scheduler
 
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 ScheduleName = Literal["linear", "cosine", "constant_with_warmup"]
+
+
+def check_optimizer(name: str) -> None:
+    """Refuses an optimizer of another name.
+
+    Raises:
+        ValueError: with the name.
+    """
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"`optimizer` must be one of {get_args(OptimizerName)}, got '{name}'.")
+
+
+def check_schedule(name: str, *, warmup_ratio: float) -> None:
+    """Refuses a schedule of another name, or a warmup that is no share.
+
+    Raises:
+        ValueError: with the value.
+    """
+    if name not in get_args(ScheduleName):
+        raise ValueError(f"`schedule` must be one of {get_args(ScheduleName)}, got '{name}'.")
+    if not 0 <= warmup_ratio <= 1:
+        raise ValueError(f"`warmup_ratio` is a share of the steps, between 0 and 1, got {warmup_ratio}.")
 
 
 def build_optimizer(
@@ -23,8 +46,7 @@ def build_optimizer(
     Raises:
         ValueError: unknown name, an empty group, or the paged optimizer without a GPU.
     """
-    if name not in get_args(OptimizerName):
-        raise ValueError(f"`optimizer` must be one of {get_args(OptimizerName)}, got '{name}'.")
+    check_optimizer(name)
     for group in groups:
         if not group["params"]:
             raise ValueError(f"Parameter group '{group['name']}' is empty: nothing of that kind is trainable.")
@@ -33,19 +55,20 @@ def build_optimizer(
         return torch.optim.AdamW(list(groups), **settings)
     if name == "paged_adamw8bit" and not torch.cuda.is_available():
         raise ValueError("`optimizer: paged_adamw8bit` needs a GPU and none is visible. Use `adamw` or `adamw8bit`.")
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
     return (AdamW8bit if name == "adamw8bit" else PagedAdamW8bit)(list(groups), **settings)
 
 
-def build_schedule(optimizer: Optimizer, *, name: ScheduleName, warmup_ratio: float, num_steps: int) -> LRScheduler:
+def build_schedule(optimizer: Optimizer, *, name: ScheduleName, warmup_ratio: float, num_steps: float) -> LRScheduler:
     """Warmup over `warmup_ratio` of `num_steps` optimizer steps, then linear or cosine decay to 0, or constant.
 
     Raises:
-        ValueError: the warmup ratio is outside [0, 1].
+        ValueError: unknown name, a warmup ratio outside [0, 1], or no end of training is set.
     """
-    if not 0 <= warmup_ratio <= 1:
-        raise ValueError(f"`warmup_ratio` is a share of the steps, between 0 and 1, got {warmup_ratio}.")
+    check_schedule(name, warmup_ratio=warmup_ratio)
+    if not math.isfinite(num_steps):
+        raise ValueError("The schedule needs the number of training steps: set `max_steps` or `max_epochs`.")
     return get_scheduler(
-        name, optimizer, num_warmup_steps=round(warmup_ratio * num_steps), num_training_steps=num_steps
+        name, optimizer, num_warmup_steps=round(warmup_ratio * num_steps), num_training_steps=int(num_steps)
     )
