@@ -38,13 +38,13 @@ _TRAINING = {
 }
 
 
-# In the order in which they act.
-CALLBACK_GROUPS: dict[str, type[Callback]] = {
-    "calibration": callbacks.ExpertCalibration,
-    "pruning": callbacks.ChannelPruning,
-    "recovery": callbacks.Recovery,
-    "export": callbacks.ExportPruned,
-    "report": callbacks.CompressionReport,
+# Argument group -> class in `callbacks`, in the order in which they act.
+CALLBACK_GROUPS = {
+    "calibration": "ExpertCalibration",
+    "pruning": "ChannelPruning",
+    "recovery": "Recovery",
+    "export": "ExportPruned",
+    "report": "CompressionReport",
 }
 
 
@@ -62,8 +62,9 @@ class CompressionCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Each callback of ours is an optional argument group, so that one value can be overridden by flag."""
-        for group in CALLBACK_GROUPS:
-            parser.add_lightning_class_args(CALLBACK_GROUPS[group], group, subclass_mode=True, required=False)
+        for group, name in CALLBACK_GROUPS.items():
+            callback: type[Callback] = vars(callbacks)[name]
+            parser.add_lightning_class_args(callback, group, subclass_mode=True, required=False)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -200,8 +201,7 @@ def _check_callbacks_package() -> None:
     Raises:
         SystemExit: another package of that name shadows ours.
     """
-    ours: Any = vars(callbacks).get("ExpertCalibration")
-    if ours is None:
+    if not set(CALLBACK_GROUPS.values()) <= set(vars(callbacks)):
         found = Path(callbacks.__file__ or "a namespace package").parent
         sys.exit(
             f"Another package called `callbacks` ({found}) shadows ours: change the working directory or PYTHONPATH."

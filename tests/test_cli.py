@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import yaml
 from cli_runs import CONFIGS, quickstart, run, save_job
 from transformers import AutoModelForCausalLM
 
+import callbacks
 from lightning_moe import cli
 from lightning_moe.evaluation.stages import load_stages
 from lightning_moe.files import read_json
@@ -124,7 +126,7 @@ def test_every_option_of_training_has_a_help_text(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("group", sorted(cli.CALLBACK_GROUPS))
 def test_every_argument_of_a_callback_has_a_help_text(group, capsys):
-    callback = cli.CALLBACK_GROUPS[group]
+    callback = getattr(callbacks, cli.CALLBACK_GROUPS[group])
     with pytest.raises(SystemExit):
         cli.main(["fit", f"--{group}.help", f"callbacks.{callback.__name__}"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -223,3 +225,9 @@ def test_fit_with_the_quickstart_config(folder):
     rows = load_stages(folder / "fit")
     assert set(rows) == {"recovered_25_nf4", "recovered_25_nf4_merged"}
     assert rows["recovered_25_nf4"]["prune_ratio"] == 0.25
+
+
+def test_another_package_called_callbacks_is_noticed(monkeypatch):
+    monkeypatch.setattr(cli, "callbacks", ModuleType("callbacks"))
+    with pytest.raises(SystemExit, match=r"Another package called `callbacks` .* shadows ours"):
+        cli.main(["--help"])
