@@ -6,7 +6,6 @@ import re
 import sys
 import warnings
 from inspect import getdoc
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -202,7 +201,7 @@ def _check_callbacks_package() -> None:
         SystemExit: another package of that name shadows ours.
     """
     if not set(CALLBACK_GROUPS.values()) <= set(vars(callbacks)):
-        found = Path(callbacks.__file__ or "a namespace package").parent
+        found = vars(callbacks).get("__file__") or "without a file"
         sys.exit(
             f"Another package called `callbacks` ({found}) shadows ours: change the working directory or PYTHONPATH."
         )
