@@ -8,7 +8,14 @@ from lightning import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from callbacks._trainer import Loaders, calibration_loaders, is_first_setup, language_model, move_to_device
+from callbacks._trainer import (
+    Loaders,
+    calibration_loaders,
+    is_first_setup,
+    language_model,
+    move_to_device,
+    text_data,
+)
 from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.models.discovery import model_shape
 from lightning_moe.records import CalibrationStatistics
@@ -46,7 +53,7 @@ class ExpertCalibration(Callback):
         model = language_model(pl_module)
         if not is_first_setup(self, model=model, done=self._model):
             return
-        self.statistics = self._load(model)
+        self.statistics = self._load(trainer, model)
         if self.statistics is None:
             self.collect(trainer, pl_module)
             self._save(trainer)
@@ -65,7 +72,7 @@ class ExpertCalibration(Callback):
         self.statistics = collect_statistics(language_model(pl_module), loaders=loaders, moments=self.moments)
         return self.statistics
 
-    def _load(self, model: PreTrainedModel) -> CalibrationStatistics | None:
+    def _load(self, trainer: Trainer, model: PreTrainedModel) -> CalibrationStatistics | None:
         if self.file is None or not Path(self.file).exists():
             return None
         statistics = CalibrationStatistics.load(self.file)
@@ -73,6 +80,13 @@ class ExpertCalibration(Callback):
             raise ValueError(
                 f"The statistics in '{self.file}' were made on another model. Name another file, or delete this one to "
                 "calibrate again."
+            )
+        datamodule = text_data(trainer)
+        wanted = set() if datamodule is None else set(datamodule.calibration_names)
+        if wanted and wanted != set(statistics.corpora):
+            raise ValueError(
+                f"The statistics in '{self.file}' are of the corpora {sorted(statistics.corpora)}, and "
+                f"`data.calibration` names {sorted(wanted)}. Name another file, or delete this one to calibrate again."
             )
         log.info("Statistics of corpora %s loaded from %s.", list(statistics.corpora), self.file)
         return statistics

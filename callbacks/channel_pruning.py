@@ -11,7 +11,7 @@ from typing_extensions import override
 from callbacks._trainer import callbacks_of, find_callback, is_first_setup, language_model, loaded_callback_state
 from callbacks.calibration import ExpertCalibration
 from lightning_moe.allocation import build_method
-from lightning_moe.allocation.budget import check_prune_ratio
+from lightning_moe.allocation.budget import resolve_prune_ratio
 from lightning_moe.models.discovery import model_shape
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.cut import apply_plan, convert_experts
@@ -25,12 +25,13 @@ log = logging.getLogger(__name__)
 class ChannelPruning(Callback):
     """Cuts channels inside experts, and experts that lose all of them, out of any transformers MoE in the module.
 
-    Give exactly one of `prune_ratio` (one cut before training), `schedule` (cuts at steps of training; each
-    recalibrates on the model as it is then) and `plan_file` (a plan made earlier). Needs an `ExpertCalibration` before
-    it in the list, except with a plan and no repair.
+    Give exactly one of `prune_ratio` or `keep_ratio` (one cut before training), `schedule` (cuts at steps of training;
+    each recalibrates on the model as it is then) and `plan_file` (a plan made earlier). Needs an `ExpertCalibration`
+    before it in the list, except with a plan and no repair.
 
     Args:
         prune_ratio: Share of routed-expert channels to remove before training, in [0, 1).
+        keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
         schedule: `[[step, prune_ratio], ...]`, ascending; ratios count from the unpruned model. One device, not 4 bit.
         plan_file: A saved PrunePlan.
         method: `exact_global` (ours), `paper_a`, `uniform` or `reap`.
@@ -44,6 +45,7 @@ class ChannelPruning(Callback):
         self,
         *,
         prune_ratio: float | None = None,
+        keep_ratio: float | None = None,
         schedule: list[tuple[int, float]] | None = None,
         plan_file: str | None = None,
         method: str = "exact_global",
@@ -52,12 +54,15 @@ class ChannelPruning(Callback):
         repair_memory_gb: float = 4.0,
         save_plan: str | None = None,
     ) -> None:
-        given = {"prune_ratio": prune_ratio, "schedule": schedule, "plan_file": plan_file}
+        ratios = {"prune_ratio": prune_ratio, "keep_ratio": keep_ratio}
+        given = ratios | {"schedule": schedule, "plan_file": plan_file}
         if sum(value is not None for value in given.values()) != 1:
-            raise ValueError(f"Give exactly one of `prune_ratio`, `schedule` and `plan_file`, got {given}.")
-        if prune_ratio is not None:
-            check_prune_ratio(prune_ratio)
-        self.prune_ratio = prune_ratio
+            raise ValueError(
+                f"Give exactly one of `prune_ratio`, `keep_ratio`, `schedule` and `plan_file`, got {given}. One that a "
+                "config file sets is taken back by `null`."
+            )
+        one_shot = schedule is None and plan_file is None
+        self.prune_ratio = resolve_prune_ratio(**ratios) if one_shot else None
         self.plan_file = plan_file
         self.schedule = None if schedule is None else PruneSchedule(cuts=tuple((s, r) for s, r in schedule))
         self.method = build_method(method, **(method_args or {}))
@@ -142,7 +147,9 @@ class ChannelPruning(Callback):
         find_callback(trainer, ExpertCalibration, before=self)
         model = language_model(pl_module)
         check_trainable(model)
-        self._num_channels = model_shape(model).num_channels
+        shape = model_shape(model)
+        self._num_channels = shape.num_channels
+        self.method = self.method.resolved(shape)  # later cuts see narrower experts and must not change the blocks
         convert_experts(model)
 
         def cut_like_checkpoint(*_: object) -> None:

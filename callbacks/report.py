@@ -62,6 +62,7 @@ class CompressionReport(Callback):
                 seconds=seconds,
                 device=trainer.strategy.root_device,
             )
+            stage["steps"] = trainer.global_step
             save_stage(self.folder, stage=stage)
             log.info("%s: %.4f nats per token, %d bytes.", stage["name"], stage["nll"], stage["bytes"])
         write_json(
@@ -69,10 +70,11 @@ class CompressionReport(Callback):
         )
         self._write_page(trainer)
 
-    def _ratio(self, trainer: Trainer) -> float:
+    def _ratio(self, trainer: Trainer) -> float | None:
+        """The ratio that was asked for; None, to be read off the folder, where this run cut nothing."""
         if self.prune_ratio is not None:
             return self.prune_ratio
-        return max((pruning.requested_ratio for pruning in prunings(trainer)), default=0.0)
+        return max((pruning.requested_ratio for pruning in prunings(trainer)), default=None)
 
     def _write_page(self, trainer: Trainer) -> None:
         """The page of the last plan and of the statistics it was made from; none where there is neither."""

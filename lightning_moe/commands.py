@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_moe.adapters.storage import load_adapter
 from lightning_moe.allocation import build_method
+from lightning_moe.allocation.budget import resolve_prune_ratio
 from lightning_moe.assets import resolve_asset
 from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.evaluation.compare import StageSpec, compare_stages
@@ -64,7 +65,8 @@ def plan(
     *,
     statistics: str,
     out: str,
-    prune_ratio: float,
+    prune_ratio: float | None = None,
+    keep_ratio: float | None = None,
     method: str = "exact_global",
     method_args: dict[str, Any] | None = None,
     corpora: list[str] | None = None,
@@ -74,13 +76,15 @@ def plan(
     Args:
         statistics: File written by `calibrate`.
         out: Plan to write.
-        prune_ratio: Share of routed-expert channels to remove, in [0, 1).
+        prune_ratio: Share of routed-expert channels to remove, in [0, 1). Exactly one of this and `keep_ratio`.
+        keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
         method: `exact_global` (ours), `paper_a`, `uniform` or `reap`.
         method_args: Settings of the method, for example `{align: 64}`.
         corpora: Corpora that count; all of the file if not given.
     """
+    ratio = resolve_prune_ratio(prune_ratio=prune_ratio, keep_ratio=keep_ratio)
     made = build_method(method, **(method_args or {})).plan(
-        CalibrationStatistics.load(statistics), prune_ratio=prune_ratio, corpora=corpora
+        CalibrationStatistics.load(statistics), prune_ratio=ratio, corpora=corpora
     )
     made.save(out)
     log.info("%s\nPlan written to %s.", made.summary(), out)
@@ -134,7 +138,7 @@ def evaluate(
     data: TextDataModule,
     adapter: str | None = None,
     name: str = "evaluated",
-    prune_ratio: float = 0.0,
+    prune_ratio: float | None = None,
     dtype: DtypeName = "float32",
     device: Device = "auto",
 ) -> None:
@@ -146,7 +150,7 @@ def evaluate(
         data: The data module; its `validation` corpora are used.
         adapter: Folder of a PEFT adapter to load on top.
         name: Name of the row.
-        prune_ratio: The ratio the row states.
+        prune_ratio: The ratio the row states; as counted in the folder if not given.
         dtype: Type of the unpacked weights.
         device: Where it runs; `auto` is the GPU if there is one.
     """

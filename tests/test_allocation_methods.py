@@ -15,6 +15,7 @@ from lightning_moe.allocation import (
     UniformWidth,
     build_method,
 )
+from lightning_moe.allocation.budget import resolve_align, resolve_prune_ratio
 from lightning_moe.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
 from lightning_moe.records import PrunePlan
 
@@ -40,10 +41,11 @@ def permuted(statistics, *, order_E, order_C):
 
 def test_presets_are_the_documented_methods():
     assert {name: build_method(name) for name in PRESETS} == {
-        "exact_global": ExactGlobal(criterion="channel_ablation", align=16, layer_floor=0.0, expert_floor=0),
+        "exact_global": ExactGlobal(criterion="channel_ablation", align=None, layer_floor=0.0, expert_floor=0),
         "paper_a": PaperA(criterion="activation_norm", expert_weight="attribution", smoothing="sqrt4", alpha=0.9),
-        "uniform": UniformWidth(criterion="channel_ablation", align=16),
+        "uniform": UniformWidth(criterion="channel_ablation", align=None),
         "reap": ExpertDropping(criterion="reap"),
+        "expert_dropping": ExpertDropping(criterion="reap"),
     }
 
 
@@ -54,7 +56,8 @@ def test_a_method_passes_through():
 
 @pytest.mark.parametrize("method", ["paper_b", "", 3, None, PaperA])
 def test_unknown_method_is_refused(method):
-    with pytest.raises(ValueError, match=r"one of \['exact_global', 'paper_a', 'uniform', 'reap'\], got"):
+    names = r"one of \['exact_global', 'paper_a', 'uniform', 'reap', 'expert_dropping'\], got"
+    with pytest.raises(ValueError, match=names):
         build_method(method)
 
 
@@ -75,6 +78,66 @@ def test_settings_change_a_preset():
 def test_bad_settings_of_a_preset_are_refused(method, settings, message):
     with pytest.raises(ValueError, match=message):
         build_method(method, **settings)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_method_that_a_plan_names_can_be_built(name):
+    plan = build_method(name).plan(make_statistics(), prune_ratio=0.5)
+    again = build_method(plan.method).plan(make_statistics(), prune_ratio=0.5)
+    assert again.digest == plan.digest
+
+
+# Stock widths of Qwen3-30B, DeepSeek-MoE-16B, Mixtral and the shipped model; then the borders, and a ragged model.
+DEFAULT_BLOCKS = [(768, 64), (1408, 64), (14336, 64), (128, 16), (512, 64), (448, 16), (520, 16), ((64, 768), 64)]
+
+
+@pytest.mark.parametrize(("width", "block"), DEFAULT_BLOCKS)
+def test_blocks_of_real_widths_are_wider(width, block):
+    widths = [width] * 2 if isinstance(width, int) else list(width)
+    assert resolve_align(None, shape=shape_of([16, 16], widths)) == block
+    assert resolve_align(8, shape=shape_of(widths)) == 8
+    assert PaperA().resolved(shape_of(widths)) == PaperA(align=block, min_width=block)
+    assert PaperA(align=8).resolved(shape_of(widths)) == PaperA(align=8, min_width=block)
+    assert ExpertDropping().resolved(shape_of(widths)) == ExpertDropping()
+
+
+@pytest.mark.parametrize("method", [ExactGlobal, PaperA, UniformWidth])
+@pytest.mark.parametrize(("width", "block"), [(512, 64), (128, 16)])
+@pytest.mark.parametrize("prune_ratio", [0.0, 0.4])
+def test_a_plan_records_the_blocks_it_was_made_in(method, width, block, prune_ratio):
+    statistics = make_statistics(num_experts=4, width=width)
+    plan = method().plan(statistics, prune_ratio=prune_ratio)
+    settings = json.loads(plan.provenance["settings"])
+    assert (plan.align, settings["align"], settings.get("min_width", block)) == (block,) * 3
+    assert all(kept % block == 0 for index in range(2) for kept in plan.widths(index))
+    explicit = method(align=block).plan(statistics, prune_ratio=prune_ratio)
+    assert explicit.digest == plan.digest
+    assert method(align=32).plan(statistics, prune_ratio=prune_ratio).align == 32
+
+
+@pytest.mark.parametrize(("keep_ratio", "prune_ratio"), [(0.9, 0.1), (0.3, 0.7), (1, 0.0), (0.5, 0.5), (0.25, 0.75)])
+def test_keep_ratio_is_the_other_word(keep_ratio, prune_ratio):
+    assert resolve_prune_ratio(prune_ratio=None, keep_ratio=keep_ratio) == prune_ratio
+    assert resolve_prune_ratio(prune_ratio=prune_ratio, keep_ratio=None) == prune_ratio
+
+
+@pytest.mark.parametrize(
+    ("prune_ratio", "keep_ratio", "message"),
+    [
+        (0.5, 0.5, "exactly one of `prune_ratio` .* got prune_ratio=0.5 and keep_ratio=0.5"),
+        (None, None, "exactly one of `prune_ratio` .* got prune_ratio=None and keep_ratio=None"),
+        (0.0, 1.0, "exactly one of `prune_ratio` .* got prune_ratio=0.0 and keep_ratio=1.0"),
+        (1.0, None, r"`prune_ratio` must be in \[0, 1\), got 1.0"),
+        (None, 0, r"`keep_ratio` must be in \(0, 1\], got 0"),
+        (None, 1.1, r"`keep_ratio` must be in \(0, 1\], got 1.1"),
+        (None, True, r"`keep_ratio` must be in \(0, 1\], got True"),
+        (None, "0.5", r"`keep_ratio` must be in \(0, 1\], got '0.5'"),
+        (None, float("nan"), r"`keep_ratio` must be in \(0, 1\], got nan"),
+    ],
+)
+def test_one_ratio_in_one_word(prune_ratio, keep_ratio, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_prune_ratio(prune_ratio=prune_ratio, keep_ratio=keep_ratio)
 
 
 def test_methods_are_frozen_and_keyword_only():
@@ -168,8 +231,9 @@ def test_budget_is_exact_and_widths_aligned(method, prune_ratio, shape):
     statistics = make_statistics(**shape)
     plan = method.plan(statistics, prune_ratio=prune_ratio)
     total = statistics.shape.num_channels
-    assert plan.num_kept == round((1 - prune_ratio) * total) // method.align * method.align
-    assert all(width % method.align == 0 for index in range(len(plan.keep)) for width in plan.widths(index))
+    assert plan.align == (method.align or 16)
+    assert plan.num_kept == round((1 - prune_ratio) * total) // plan.align * plan.align
+    assert all(width % plan.align == 0 for index in range(len(plan.keep)) for width in plan.widths(index))
 
 
 @pytest.mark.parametrize("criterion", CHANNEL_CRITERIA)

@@ -196,8 +196,14 @@ def test_a_plan_without_repair_needs_no_calibration(tmp_path):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: ChannelPruning(prune_ratio=0.5, schedule=[(1, 0.5)]), "exactly one of `prune_ratio`, `schedule` and"),
-        (lambda: ChannelPruning(), "exactly one of `prune_ratio`, `schedule` and `plan_file`, got"),
+        (
+            lambda: ChannelPruning(prune_ratio=0.5, schedule=[(1, 0.5)]),
+            "exactly one of `prune_ratio`, `keep_ratio`, `sch",
+        ),
+        (lambda: ChannelPruning(), "exactly one of `prune_ratio`, `keep_ratio`, `schedule` and `plan_file`, got"),
+        (lambda: ChannelPruning(prune_ratio=0.5, keep_ratio=0.5), "exactly one of .*'keep_ratio': 0.5.*`null`"),
+        (lambda: ChannelPruning(keep_ratio=0.5, plan_file="x"), "exactly one of .*'keep_ratio': 0.5"),
+        (lambda: ChannelPruning(keep_ratio=0.0), r"`keep_ratio` must be in \(0, 1\], got 0.0"),
         (lambda: ChannelPruning(prune_ratio=1.5), r"`prune_ratio` must be in \[0, 1\), got 1.5"),
         (lambda: ChannelPruning(prune_ratio=-0.1), r"`prune_ratio` must be in \[0, 1\), got -0.1"),
         (
@@ -216,6 +222,11 @@ def test_a_plan_without_repair_needs_no_calibration(tmp_path):
 def test_constructors_refuse(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_keep_ratio_is_the_other_word_for_one_cut():
+    assert ChannelPruning(keep_ratio=0.9).prune_ratio == ChannelPruning(prune_ratio=0.1).prune_ratio == 0.1
+    assert ChannelPruning(schedule=[(1, 0.5)]).prune_ratio is None
 
 
 def test_hooks_are_removed_after_an_exception():
@@ -240,3 +251,12 @@ def test_our_module_without_recovery_is_refused_before_the_first_batch(tmp_path)
     module.requires_grad_(requires_grad=False)
     with pytest.raises(ValueError, match=r"Nothing is trainable: put `callbacks.Recovery`"):
         quiet_trainer().fit(module, datamodule=text_module(save_text(tmp_path), validation=None))
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+def test_statistics_of_other_corpora(tmp_path):
+    file = tmp_path / "s.safetensors"
+    statistics_of(tiny_model()).save(file)  # of the corpus `train`
+    data = text_module(save_text(tmp_path))  # calibrates on `a`
+    with pytest.raises(ValueError, match=r"are of the corpora \['train'\], and `data.calibration` names \['a'\]"):
+        quiet_trainer([ExpertCalibration(file=str(file))]).fit(ForeignModule(), datamodule=data)

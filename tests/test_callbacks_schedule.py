@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import ForeignModule, loader_of, quiet_trainer, token_batches
 
 from callbacks import ChannelPruning, ExpertCalibration
+from lightning_moe.allocation import budget
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.surgery.schedule import PruneSchedule
 
@@ -65,6 +66,16 @@ def run():
     trainer = quiet_trainer([before, ExpertCalibration(num_batches=2), pruning, after], max_steps=6)
     trainer.fit(module, train_dataloaders=loader_of(token_batches()))
     return module, trainer, pruning, before, after
+
+
+def test_every_cut_of_a_schedule_has_the_blocks_of_the_unpruned_model(monkeypatch):
+    # Widths here are 32: lower the border so that they count as wide, and the narrower ones after a cut do not.
+    monkeypatch.setattr(budget, "_WIDE", 32)
+    monkeypatch.setattr(budget, "_WIDE_BLOCK", 8)
+    pruning = ChannelPruning(schedule=[(1, 0.5), (2, 0.75)], method="uniform")
+    trainer = quiet_trainer([ExpertCalibration(num_batches=1), pruning], max_steps=3)
+    trainer.fit(ForeignModule(), train_dataloaders=loader_of(token_batches()))
+    assert [(plan.align, plan.widths(0)[0]) for plan in pruning.plans] == [(8, 16), (8, 8)]
 
 
 def test_widths_follow_the_schedule(run):

@@ -43,7 +43,7 @@ def stacked(path):
     elif HUB.search(path.name):
         below = ["paper_a.yaml", "data/c4.yaml", "data/alpaca.yaml"]
     else:
-        below = ["quickstart.yaml"] if path.name == "recover_small.yaml" else []
+        below = {"recover_small": ["quickstart.yaml"], "my_model": ["recovery.yaml"]}.get(path.stem, [])
     return [part for file in [*(CONFIGS / name for name in below), path] for part in ("--config", str(file))]
 
 
@@ -180,6 +180,9 @@ def test_the_stages_alone_from_files(folder, capsys):
         "{align: 8, expert_floor: 8}",
     )
     assert PrunePlan.load(plan).num_kept == 256
+    run("plan", "--statistics", statistics, "--out", out / "kept.json", "--keep_ratio", 0.75)
+    kept = PrunePlan.load(out / "kept.json")
+    assert (kept.prune_ratio, kept.num_kept, kept.align) == (0.25, 384, 16)
     run("prune", *data, "--model", folder / "model", "--plan", plan, "--out", out / "pruned")
     assert AutoModelForCausalLM.from_pretrained(out / "pruned").generate(max_new_tokens=2).numel()
     run("evaluate", *data, "--model", folder / "model", "--out", out, "--name", "dense")

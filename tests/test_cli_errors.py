@@ -59,7 +59,7 @@ WRONG_FLAGS = {
     "misspelled group": (["--prunning.prune_ratio", "0.5"], 2, "prunning"),
     "bad method setting": (["--pruning.method_args", "{aling: 8}"], 1, r"has the settings .* got \['aling'\]"),
     "align": (["--pruning.method_args", "{align: 0}"], 1, "`align` must be a whole number >= 1, got 0"),
-    "two ways to prune": (["--pruning.schedule", "[[1, 0.5]]"], 1, "Give exactly one of `prune_ratio`, `schedule`"),
+    "two ways to prune": (["--pruning.schedule", "[[1, 0.5]]"], 1, "Give exactly one of `prune_ratio`, `keep_ratio`"),
     "missing config": (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
     "unknown tokenizer": (
         ["--data.tokenizer", "./nowhere/tokenizer"],
@@ -135,6 +135,7 @@ def test_nf4_needs_whole_blocks(folder, capsys, tmp_path):
     [
         (["plan", "--statistics", "nowhere", "--out", "x", "--prune_ratio", "0.5"], 1, "There is no .* at 'nowhere'"),
         (["plan", "--statistics", "x", "--out", "x", "--prune_ratio", "0.5", "--method", "magic"], 1, "got 'magic'"),
+        (["plan", "--statistics", "x", "--out", "x"], 1, "exactly one of .*prune_ratio=None and keep_ratio=None"),
         (["plan", "--out", "x"], 2, "prune_ratio|statistics"),
         (["plan", "--prune_ration", "1"], 2, "prune_ration"),
         (["report", "--folder", "nowhere"], 1, "There are no rows of results below 'nowhere/stages'"),

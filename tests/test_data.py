@@ -126,6 +126,20 @@ def test_loaders_per_corpus_keep_the_order_of_the_dict():
     assert torch.equal(first, again)
 
 
+def test_rows_have_the_length_of_their_role():
+    corpora = {"code": Corpus(source="asset:text/code/validation.jsonl", max_tokens=64)}
+
+    def lengths(**kwargs):
+        module = data_module(train=corpora, validation=corpora, calibration=corpora, sequence_length=8, **kwargs)
+        (validation,) = module.val_dataloader()
+        loaders = (module.train_dataloader(), validation, module.calibration_dataloaders()["code"])
+        return [next(iter(loader))["input_ids"].shape[1] for loader in loaders]
+
+    assert lengths() == [8, 8, 8]
+    assert lengths(validation_sequence_length=16) == [8, 16, 8]
+    assert lengths(calibration_sequence_length=32) == [8, 8, 32]
+
+
 def test_setup_tokenises_once():
     module = data_module(train={"code": Corpus(source="asset:text/code/calibration.jsonl", max_tokens=100)})
     module.setup("fit")
@@ -173,12 +187,25 @@ def test_shipped_tokenizer_writes_back_what_it_read(tokenizer):
     assert tokenizer.pad_token == "<|pad|>"
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_presets_parse_into_corpora(config):
+def preset_parser():
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(TextDataModule, "data")
+    return parser
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_presets_parse_into_corpora(config):
+    parser = preset_parser()
     parsed = parser.instantiate_classes(parser.parse_args([f"--config={config}", "--data.tokenizer=asset:small_moe"]))
-    named = [corpus for corpora in parsed.data.corpora.values() for corpus in corpora.values()]
+    named = [corpus for corpora in parsed["data"].corpora.values() for corpus in corpora.values()]
     assert named
     assert all(isinstance(corpus, Corpus) and "/" in corpus.source for corpus in named)
+
+
+@pytest.mark.parametrize("order", [("c4", "alpaca", "wikitext2"), ("wikitext2", "alpaca", "c4")])
+def test_presets_together_keep_the_row_length_of_each_role(order):
+    files = [f"--config={path}" for name in order for path in CONFIGS if path.stem == name]
+    parser = preset_parser()
+    data = parser.instantiate_classes(parser.parse_args([*files, "--data.tokenizer=asset:small_moe"]))["data"]
+    assert data.sequence_lengths == {"train": 512, "validation": 2048, "calibration": 2048}

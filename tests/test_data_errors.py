@@ -14,6 +14,8 @@ from lightning_moe.training.tokenization import load_tokenizer
     ("arguments", "message"),
     [
         ({"sequence_length": 1}, "`sequence_length` must be at least 2, got 1"),
+        ({"validation_sequence_length": 1}, "`validation_sequence_length` must be at least 2, got 1"),
+        ({"calibration_sequence_length": 0}, "`calibration_sequence_length` must be at least 2, got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"validation_batch_size": 0}, "`validation_batch_size` must be at least 1, got 0"),
         ({"calibration_batch_size": -1}, "`calibration_batch_size` must be at least 1, got -1"),

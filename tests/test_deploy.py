@@ -135,8 +135,19 @@ def test_a_sabotaged_reload_is_refused(format, tmp_path, monkeypatch):
     model = tiny_model() if format == "stock" else cut_model(packed=False)
     peft_model = adapted(model) if format in ("adapter", "merged", "merged_nf4") else None
     monkeypatch.setattr(deploy, "load_model", sabotaged)
-    with pytest.raises(ValueError, match=r"does not reproduce the model: logits differ by .* do not ship it"):
+    with pytest.raises(ValueError, match=r"does not reproduce the model: .* do not ship it"):
         export_model(model, folder=tmp_path, formats=[format], peft_model=peft_model)
+
+
+def test_a_lost_expert_does_not_hide_behind_the_rounding_of_the_stored_type(tmp_path, monkeypatch):
+    def sabotaged(source, **settings):
+        model = load_model(source, **settings)
+        moe_layers(model)[0].experts.get_parameter("down_proj.weight").data[:8] = 0
+        return model
+
+    monkeypatch.setattr(deploy, "load_model", sabotaged)
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.down_proj.weight' differs after the reload"):
+        export_model(cut_model(packed=False), folder=tmp_path, formats=["ragged"], dtype="bfloat16")
 
 
 def test_logits_that_are_not_numbers_are_refused(tmp_path):

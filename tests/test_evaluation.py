@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from random_plans import random_plan
 from test_training_module import naive_nll
 from tiny_models import random_tokens, tiny_model
 from tiny_runs import save_model, save_text, text_module, token_batches
@@ -17,11 +18,11 @@ from lightning_moe.evaluation.stages import evaluate_stage, load_stages, model_b
 from lightning_moe.evaluation.summary import recovered_share, summarise
 from lightning_moe.export.huggingface import save_ragged
 from lightning_moe.models.discovery import moe_layers
-from lightning_moe.quantization.footprint import measure_footprint
+from lightning_moe.quantization.footprint import measure_footprint, missing_channels
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.records import PrunePlan
 from lightning_moe.reporting.summary import Summary
-from lightning_moe.surgery.cut import convert_experts, cut_layer
+from lightning_moe.surgery.cut import apply_plan, convert_experts, cut_layer
 
 
 def padded_batches():
@@ -215,6 +216,15 @@ def test_no_rows_and_foreign_files_are_refused(tmp_path, folder):
         evaluate_stage("../x", folder=folder / "model", loaders={}, prune_ratio=0.0, seconds=0.0)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_missing_channels_are_counted_against_the_config(name):
+    model = tiny_model(name)
+    assert missing_channels(model) == 0
+    plan = random_plan(model, evicted=[[1]])
+    apply_plan(model, plan=plan)
+    assert missing_channels(model) == pytest.approx(1 - plan.num_kept / plan.shape.num_channels)
+
+
 def rows_of(**nll):
     return {name: {"name": name, "nll": value, "prune_ratio": 0.5} for name, value in nll.items()}
 
@@ -222,10 +232,13 @@ def rows_of(**nll):
 def test_recovered_share_by_hand():
     rows = rows_of(dense=2.0, dense_nf4=2.1, control=1.9, cut_50_nf4=3.1, recovered_50_nf4=2.3, recovered_9=5.0)
     # One-shot gap 3.1 - 2.1 = 1.0, left after recovery 2.3 - 1.9 = 0.4: 60 % closed.
-    assert recovered_share(rows, control="control") == {"recovered_50_nf4": pytest.approx(0.6)}
-    assert recovered_share(rows_of(dense=2.0, cut_50_nf4=3.1, recovered_50_nf4=2.3), control="control") == {}
+    assert recovered_share(rows, before="dense_nf4", after="control") == {"recovered_50_nf4": pytest.approx(0.6)}
+    assert recovered_share(rows_of(dense=2.0, cut_50_nf4=3.1), before="dense_nf4", after="control") == {}
+    # Trained for another number of steps than the control: no fair pair.
+    longer = {name: row | {"steps": 300 if name == "control" else 100} for name, row in rows.items()}
+    assert recovered_share(longer, before="dense_nf4", after="control") == {}
     # A cut that lost nothing has no gap.
-    assert recovered_share(rows | rows_of(cut_50_nf4=2.1), control="control") == {}
+    assert recovered_share(rows | rows_of(cut_50_nf4=2.1), before="dense_nf4", after="control") == {}
 
 
 def test_summary_is_what_the_report_reads(tmp_path):
@@ -243,7 +256,9 @@ def test_summary_is_what_the_report_reads(tmp_path):
     assert summary["exports"] == [export]
     assert {"torch", "transformers", "python"} <= summary["versions"].keys()
     read = Summary.from_dict(summary)
-    assert read.gap_closed == {"recovered_50_nf4": 60.0}
+    # On the way from the cut (3.1) to the control (1.9): (3.1 - 2.3) / 1.2.
+    assert read.gap_closed == {"recovered_50_nf4": 66.67}
+    assert summary["recovery"]["gap_closed_percent_without_adaptation"] == {"recovered_50_nf4": 60.0}
     assert read.loss(read.find("recovered_50_nf4")) == pytest.approx(0.3)
 
 
@@ -257,7 +272,7 @@ def test_methods_side_by_side(folder, tmp_path):
     stages = [
         StageSpec(name="nf4", prune_ratio=0.5, bits=4, method_args=settings),
         StageSpec(name="nf4_again", prune_ratio=0.5, bits=4, method_args=settings),
-        StageSpec(name="half", prune_ratio=0.5, method_args=settings),
+        StageSpec(name="half", keep_ratio=0.5, method_args=settings),  # the same cut in the other word
         StageSpec(name="reap", prune_ratio=0.5, method="reap", repair=False),
     ]
     rows = compare_stages(
@@ -287,6 +302,9 @@ def test_methods_side_by_side(folder, tmp_path):
     [
         ({"name": "a/b", "prune_ratio": 0.5}, "must be a plain file name, got 'a/b'"),
         ({"name": "", "prune_ratio": 0.5}, "must be a plain file name, got ''"),
+        ({"name": "a"}, "exactly one of .* got prune_ratio=None and keep_ratio=None"),
+        ({"name": "a", "prune_ratio": 0.5, "keep_ratio": 0.5}, "got prune_ratio=0.5 and keep_ratio=0.5"),
+        ({"name": "a", "keep_ratio": 0.0}, r"`keep_ratio` must be in \(0, 1\], got 0.0"),
         ({"name": "a", "prune_ratio": 1.0}, r"`prune_ratio` must be in \[0, 1\), got 1.0"),
         ({"name": "a", "prune_ratio": 0.5, "bits": 8}, "`bits` of stage 'a' must be 4 or 16, got 8"),
         ({"name": "a", "prune_ratio": 0.5, "method": "magic"}, "got 'magic'"),

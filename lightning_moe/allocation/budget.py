@@ -12,6 +12,10 @@ from torch import Tensor
 from lightning_moe.allocation.ranking import order_by
 from lightning_moe.records import LayerShape, ModelShape
 
+_WIDE = 512
+_WIDE_BLOCK = 64
+_NARROW_BLOCK = 16
+
 
 def check_count(value: int, *, name: str, lowest: int) -> None:
     """Refuses what is not a whole number >= `lowest`.
@@ -34,6 +38,48 @@ def check_prune_ratio(prune_ratio: float) -> None:
             f"`prune_ratio` must be in [0, 1), got {prune_ratio!r}. It is the share of routed-expert channels that is "
             "removed; `keep_ratio` is 1 minus it."
         )
+
+
+def resolve_prune_ratio(*, prune_ratio: float | None, keep_ratio: float | None) -> float:
+    """The share of channels to remove, from exactly one of the two words for it: `prune_ratio` = 1 - `keep_ratio`.
+
+    Args:
+        prune_ratio: Share that goes, in [0, 1).
+        keep_ratio: Share that stays, in (0, 1].
+
+    Returns:
+        The prune ratio, rounded to 12 decimals where it comes from `keep_ratio` (0.9 is 0.1, not 0.09999999999999998).
+
+    Raises:
+        ValueError: both or none are given, or the one given is out of range.
+    """
+    if (prune_ratio is None) == (keep_ratio is None):
+        raise ValueError(
+            f"Give exactly one of `prune_ratio` (the share that goes) and `keep_ratio` (1 minus it), "
+            f"got prune_ratio={prune_ratio} and keep_ratio={keep_ratio}."
+        )
+    if keep_ratio is None:
+        assert prune_ratio is not None
+        check_prune_ratio(prune_ratio)
+        return prune_ratio
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, int | float) or not 0 < keep_ratio <= 1:
+        raise ValueError(
+            f"`keep_ratio` must be in (0, 1], got {keep_ratio!r}. It is the share of routed-expert channels that "
+            "stays; `prune_ratio` is 1 minus it."
+        )
+    return round(1.0 - keep_ratio, 12)
+
+
+def resolve_align(align: int | None, *, shape: ModelShape) -> int:
+    """Channels of a block: `align` itself, or the default for these widths (method, 3).
+
+    Returns:
+        Where `align` is None, 64 if the widest expert has 512 channels or more and they are a multiple of 64, else 16.
+    """
+    if align is not None:
+        return align
+    widest = max(width for layer in shape.layers for width in layer.widths)
+    return _WIDE_BLOCK if widest >= _WIDE and widest % _WIDE_BLOCK == 0 else _NARROW_BLOCK
 
 
 def channel_budget(shape: ModelShape, *, prune_ratio: float) -> int:

@@ -5,14 +5,14 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, final
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
 from lightning_moe.allocation.alignment import Alignment
-from lightning_moe.allocation.budget import check_count, check_prune_ratio, keep_everything
+from lightning_moe.allocation.budget import check_count, check_prune_ratio, keep_everything, resolve_align
 from lightning_moe.allocation.expert_dropping import drop_experts
 from lightning_moe.allocation.floors import Floors
 from lightning_moe.allocation.global_ranking import rank_globally
@@ -22,7 +22,7 @@ from lightning_moe.allocation.super_experts import super_experts
 from lightning_moe.allocation.uniform import uniform_width
 from lightning_moe.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
 from lightning_moe.criteria.perturbation import DEFAULT_ALPHA, first_order_factor
-from lightning_moe.records import CalibrationStatistics, PrunePlan
+from lightning_moe.records import CalibrationStatistics, ModelShape, PrunePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ class PruningMethod(ABC):
     """Statistics to plan. A method of your own is a frozen dataclass with `name`, plain fields and `keep`.
 
     Args:
-        align: Kept widths are multiples of this (1 where widths are not touched).
+        align: Kept widths are multiples of this (1 where widths are not touched); None: by the model's widths.
     """
 
-    align: int
+    align: int | None
 
     name: ClassVar[str]
 
@@ -42,6 +42,11 @@ class PruningMethod(ABC):
         self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
     ) -> tuple[Tensor, ...]:
         """Per layer bool [C], true for a channel that stays; `prune_ratio` is above 0."""
+
+    def resolved(self, shape: ModelShape) -> Self:
+        """The same method with the `align` and `min_width` that were left open chosen for this model."""
+        unset = [name for name, value in asdict(self).items() if name in ("align", "min_width") and value is None]
+        return replace(self, **dict.fromkeys(unset, resolve_align(None, shape=shape)))
 
     def plan(
         self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None = None
@@ -65,7 +70,7 @@ class PruningMethod(ABC):
         else:
             keep = self.keep(statistics, prune_ratio=prune_ratio, corpora=corpora)
         provenance = {
-            "settings": json.dumps(asdict(self), sort_keys=True),
+            "settings": json.dumps(asdict(self.resolved(statistics.shape)), sort_keys=True),
             "corpora": ", ".join(statistics.corpora if corpora is None else corpora),
             "statistics": statistics.digest,
         }
@@ -73,10 +78,15 @@ class PruningMethod(ABC):
             shape=statistics.shape,
             method=self.name,
             prune_ratio=prune_ratio,
-            align=self.align,
+            align=resolve_align(self.align, shape=statistics.shape),
             keep=keep,
             provenance=provenance,
         )
+
+
+def _check_block(value: int | None, *, name: str) -> None:
+    if value is not None:
+        check_count(value, name=name, lowest=1)
 
 
 def _check_name(value: str, *, field: str, known: Iterable[str]) -> None:
@@ -91,7 +101,8 @@ class ExactGlobal(PruningMethod):
 
     Args:
         criterion: Channel criterion; it must be comparable across layers, as `channel_ablation` is.
-        align: Channels of a block; kept widths are multiples of it.
+        align: Channels of a block; kept widths are multiples of it. If not given: 64 where the widest expert has 512
+            channels or more (a multiple of 64), else 16.
         layer_floor: Share of its channels that each layer keeps at least.
         expert_floor: Channels that each expert keeps at least, rounded up to blocks.
         protect_super_experts: Super experts keep at least one block.
@@ -101,7 +112,7 @@ class ExactGlobal(PruningMethod):
     """
 
     criterion: str = "channel_ablation"
-    align: int = 16
+    align: int | None = None
     layer_floor: float = 0.0
     expert_floor: int = 0
     protect_super_experts: bool = True
@@ -110,7 +121,7 @@ class ExactGlobal(PruningMethod):
 
     def __post_init__(self) -> None:
         _check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
-        check_count(self.align, name="align", lowest=1)
+        _check_block(self.align, name="align")
         Floors(layer_floor=self.layer_floor, expert_floor=self.expert_floor)
 
     def keep(
@@ -120,7 +131,7 @@ class ExactGlobal(PruningMethod):
         return rank_globally(
             CHANNEL_CRITERIA[self.criterion](statistics, corpora=corpora),
             prune_ratio=prune_ratio,
-            align=self.align,
+            align=resolve_align(self.align, shape=statistics.shape),
             floors=_floors(self, statistics=statistics, corpora=corpora),
         )
 
@@ -134,8 +145,10 @@ class PaperA(PruningMethod):
         criterion: Channel criterion; the paper's is `activation_norm`.
         expert_weight: Expert criterion used as phi: `attribution` (first order, the paper's) or `ablation` (exact).
         smoothing: Of the layer losses: sqrt4, none, sqrt, log, huber or clip.
-        min_width: Smallest width of an expert that stays, in channels, rounded up to blocks.
-        align: Channels of a block; kept widths are multiples of it.
+        min_width: Smallest width of an expert that stays, in channels, rounded up to blocks. If not given: 64 or 16,
+            as for `align`.
+        align: Channels of a block; kept widths are multiples of it. If not given: 64 where the widest expert has 512
+            channels or more (a multiple of 64), else 16.
         alpha: The paper's perturbation; it scales losses and attributions and leaves the plan as it is.
         layer_floor: Share of its channels that each layer keeps at least.
         expert_floor: Channels that each expert keeps at least (when above 0, at least `min_width`).
@@ -148,8 +161,8 @@ class PaperA(PruningMethod):
     criterion: str = "activation_norm"
     expert_weight: str = "attribution"
     smoothing: str = "sqrt4"
-    min_width: int = 16
-    align: int = 16
+    min_width: int | None = None
+    align: int | None = None
     alpha: float = DEFAULT_ALPHA
     layer_floor: float = 0.0
     expert_floor: int = 0
@@ -162,7 +175,8 @@ class PaperA(PruningMethod):
         _check_name(self.expert_weight, field="expert_weight", known=EXPERT_CRITERIA)
         check_smoothing(self.smoothing)
         first_order_factor(alpha=self.alpha)
-        Alignment(align=self.align, min_width=self.min_width)
+        _check_block(self.align, name="align")
+        _check_block(self.min_width, name="min_width")
         Floors(layer_floor=self.layer_floor, expert_floor=self.expert_floor)
 
     def keep(
@@ -175,7 +189,10 @@ class PaperA(PruningMethod):
             weights=EXPERT_CRITERIA[self.expert_weight](statistics, corpora=corpora),
             weight_L=smooth((1 - self.alpha) ** 2 * energy_L, smoothing=self.smoothing),
             prune_ratio=prune_ratio,
-            alignment=Alignment(align=self.align, min_width=self.min_width),
+            alignment=Alignment(
+                align=resolve_align(self.align, shape=statistics.shape),
+                min_width=resolve_align(self.min_width, shape=statistics.shape),
+            ),
             floors=_floors(self, statistics=statistics, corpora=corpora),
         )
 
@@ -194,27 +211,29 @@ class UniformWidth(PruningMethod):
 
     Args:
         criterion: Channel criterion that orders an expert's channels.
-        align: The width is a multiple of this.
+        align: The width is a multiple of this. If not given: 64 where experts have 512 channels or more (a multiple
+            of 64), else 16.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
     criterion: str = "channel_ablation"
-    align: int = 16
+    align: int | None = None
 
     name: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
         _check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
-        check_count(self.align, name="align", lowest=1)
+        _check_block(self.align, name="align")
 
     def keep(
         self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
     ) -> tuple[Tensor, ...]:
         """See `uniform_width`."""
         scores = CHANNEL_CRITERIA[self.criterion](statistics, corpora=corpora)
-        return uniform_width(scores, prune_ratio=prune_ratio, align=self.align)
+        align = resolve_align(self.align, shape=statistics.shape)
+        return uniform_width(scores, prune_ratio=prune_ratio, align=align)
 
 
 @final
@@ -230,7 +249,7 @@ class ExpertDropping(PruningMethod):
     """
 
     criterion: str = "reap"
-    align: int = field(default=1, init=False)
+    align: int | None = field(default=1, init=False)
 
     name: ClassVar[str] = "expert_dropping"
 
@@ -250,6 +269,7 @@ PRESETS: Mapping[str, type[PruningMethod]] = {
     "paper_a": PaperA,
     "uniform": UniformWidth,
     "reap": ExpertDropping,
+    "expert_dropping": ExpertDropping,  # the name that plans of `reap` carry
 }
 
 

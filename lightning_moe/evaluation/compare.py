@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_moe.allocation import build_method
-from lightning_moe.allocation.budget import check_prune_ratio
+from lightning_moe.allocation.budget import resolve_prune_ratio
 from lightning_moe.assets import resolve_asset
 from lightning_moe.evaluation.stages import Stage, check_stage_name, evaluate_stage, save_stage
 from lightning_moe.export.huggingface import save_ragged
@@ -33,7 +33,8 @@ class StageSpec:
 
     Args:
         name: name of the row and of its folder.
-        prune_ratio: share of routed-expert channels to remove; 0 keeps all.
+        prune_ratio: share of routed-expert channels to remove; 0 keeps all. Exactly one of this and `keep_ratio`.
+        keep_ratio: share that stays, in (0, 1]: 1 - `prune_ratio`.
         bits: 16, or 4 for NF4.
         method: a preset of `lightning_moe.allocation`.
         method_args: settings of the method.
@@ -45,7 +46,8 @@ class StageSpec:
     """
 
     name: str
-    prune_ratio: float
+    prune_ratio: float | None = None
+    keep_ratio: float | None = None
     bits: Literal[4, 16] = 16
     method: str = "exact_global"
     method_args: dict[str, Any] = field(default_factory=dict)
@@ -53,15 +55,20 @@ class StageSpec:
 
     def __post_init__(self) -> None:
         check_stage_name(self.name)
-        check_prune_ratio(self.prune_ratio)
+        resolve_prune_ratio(prune_ratio=self.prune_ratio, keep_ratio=self.keep_ratio)
         build_method(self.method, **self.method_args)
         if self.bits not in (4, 16):
             raise ValueError(f"`bits` of stage '{self.name}' must be 4 or 16, got {self.bits}.")
 
     @property
+    def requested_ratio(self) -> float:
+        """The prune ratio, in whichever word it was given."""
+        return resolve_prune_ratio(prune_ratio=self.prune_ratio, keep_ratio=self.keep_ratio)
+
+    @property
     def cut(self) -> tuple[Any, ...]:
         """What decides the cut: rows that agree on it share one model."""
-        return self.method, str(sorted(self.method_args.items())), self.prune_ratio, self.repair
+        return self.method, str(sorted(self.method_args.items())), self.requested_ratio, self.repair
 
 
 def compare_stages(
@@ -152,7 +159,7 @@ class _Bench:
                 packed = True
             folder = self.out / "models" / member.name
             save_ragged(model, folder, dtype=torch.bfloat16)
-            row = self.evaluate(member.name, folder=folder, prune_ratio=spec.prune_ratio, seconds=seconds)
+            row = self.evaluate(member.name, folder=folder, prune_ratio=spec.requested_ratio, seconds=seconds)
             row |= {"method": spec.method, "repair": repaired, "bits": member.bits}
             save_stage(self.out, stage=row)
             yield row
@@ -161,7 +168,7 @@ class _Bench:
         """The cut model, and whether it was repaired."""
         model = load_model(self.source, dtype=self.dtype)
         model.to(self.device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its types
-        plan = build_method(spec.method, **spec.method_args).plan(self.statistics, prune_ratio=spec.prune_ratio)
+        plan = build_method(spec.method, **spec.method_args).plan(self.statistics, prune_ratio=spec.requested_ratio)
         plan.save(self.out / "plans" / f"{spec.name}.json")
         wanted = spec.repair and plan.num_kept < plan.shape.num_channels
         repair = plan_repair(model, plan=plan, loaders=self.calibration) if wanted else None

@@ -12,7 +12,7 @@ from lightning_moe.adapters.storage import load_adapter
 from lightning_moe.evaluation.perplexity import evaluate_model
 from lightning_moe.files import read_json, write_json
 from lightning_moe.models.loading import DtypeName, load_model
-from lightning_moe.quantization.footprint import measure_footprint
+from lightning_moe.quantization.footprint import measure_footprint, missing_channels
 
 Stage = dict[str, Any]
 
@@ -45,8 +45,8 @@ def evaluate_stage(
     *,
     folder: str | Path,
     loaders: Mapping[str, Iterable[Mapping[str, Tensor]]],
-    prune_ratio: float,
     seconds: float,
+    prune_ratio: float | None = None,
     adapter: str | Path | None = None,
     dtype: DtypeName = "float32",
     device: torch.device | str = "cpu",
@@ -57,8 +57,8 @@ def evaluate_stage(
         name: name of the row.
         folder: a model.
         loaders: one loader of batches per held-out corpus.
-        prune_ratio: the share of routed-expert channels removed.
         seconds: what making the folder took.
+        prune_ratio: the share of routed-expert channels removed; None: as counted in the folder.
         adapter: a PEFT adapter of that model, if any.
         dtype: type of the unpacked weights during evaluation.
         device: where it is evaluated.
@@ -78,6 +78,7 @@ def evaluate_stage(
     model.to(device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its types
     result = evaluate_model(model, loaders=loaders)
     footprint = measure_footprint(model, usage=result.usage)
+    prune_ratio = missing_channels(model) if prune_ratio is None else prune_ratio
     return {
         "name": name,
         "prune_ratio": prune_ratio,

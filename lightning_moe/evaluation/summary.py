@@ -20,7 +20,8 @@ def summarise(folder: str | Path, *, control: str = "control") -> dict[str, Any]
 
     Returns:
         `dense`, `stages` (a list), `control`, `exports`, `recovery` (percent of the one-shot gap that each recovered
-        row closed), `versions`. `dense` and `control` are null where there is no such row.
+        row closed, against the control, and with domain adaptation taken out), `versions`. `dense` and `control` are
+        null where there is no such row.
 
     Raises:
         ValueError: there are no rows.
@@ -33,31 +34,43 @@ def summarise(folder: str | Path, *, control: str = "control") -> dict[str, Any]
         for file in sorted(Path(folder).glob("stages/*.exports.json"))
         for result in read_json(file, what="list of exports")
     ]
-    shares = recovered_share(rows, control=control)
     return {
         "dense": rows.get("dense"),
         "stages": sorted(stages, key=lambda row: (row["prune_ratio"], row["name"])),
         "control": rows.get(control),
         "exports": exports,
-        "recovery": {"gap_closed_percent": {name: round(100 * share, 2) for name, share in shares.items()}},
+        "recovery": {
+            "gap_closed_percent": _percent(recovered_share(rows, before=control, after=control)),
+            "gap_closed_percent_without_adaptation": _percent(recovered_share(rows, before="dense_nf4", after=control)),
+        },
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
     }
 
 
-def recovered_share(rows: dict[str, Stage], *, control: str) -> dict[str, float]:
+def recovered_share(rows: dict[str, Stage], *, before: str, after: str) -> dict[str, float]:
     """Share of the one-shot gap that recovery closed, for each `recovered_X` with a one-shot row `cut_X`.
 
-    Both gaps are to an unpruned NF4 model that had the same training: before, to the untrained one (`dense_nf4`);
-    after, to the control. `1 - (recovered - control) / (cut - dense_nf4)`; domain adaptation cancels. Rows whose cut
-    lost nothing have no gap and are left out.
+    `1 - (recovered - after) / (cut - before)`. With the control on both sides it is the share of the way from the cut
+    model to the control. With `before` the untrained NF4 model, what training teaches an unpruned model too cancels.
+    Rows trained for another number of steps than the control, or whose cut lost nothing, are left out.
+
+    Args:
+        rows: rows by name.
+        before: the unpruned row that the cut is held against.
+        after: the unpruned row that the recovered model is held against (the control).
     """
-    if control not in rows or "dense_nf4" not in rows:
+    if before not in rows or after not in rows:
         return {}
     shares = {}
     for name, row in rows.items():
         cut = rows.get(name.replace("recovered_", "cut_"))
-        if name.startswith("recovered_") and cut is not None:
-            before, after = cut["nll"] - rows["dense_nf4"]["nll"], row["nll"] - rows[control]["nll"]
-            if before > 0:
-                shares[name] = 1 - after / before
+        same_steps = row.get("steps") == rows[after].get("steps")
+        if name.startswith("recovered_") and cut is not None and same_steps:
+            gap = cut["nll"] - rows[before]["nll"]
+            if gap > 0:
+                shares[name] = 1 - (row["nll"] - rows[after]["nll"]) / gap
     return shares
+
+
+def _percent(shares: dict[str, float]) -> dict[str, float]:
+    return {name: round(100 * share, 2) for name, share in shares.items()}

@@ -183,6 +183,7 @@ class _Export:
             save_ragged(self.model, target / "base", dtype=stored)
         reloaded = self._reload(target / "base")
         load_adapter(reloaded, folder=target / "adapter")
+        _check_tensors(target, expected=self.model, found=reloaded)
         rounded = adapter_dtype != "float32" or self._rounds(stored)
         return _compared("adapter", target / "base", before, reloaded, adapter=target / "adapter", rounded=rounded)
 
@@ -199,7 +200,9 @@ class _Export:
         save_ragged(merged, target, dtype=self.stored)
         # Merging in 16 bit rounds by itself.
         rounded = self._rounds(self.stored) or (format == "merged" and merged.dtype.itemsize < 4)
-        return _compared(format, target, before, self._reload(target), rounded=rounded)
+        reloaded = self._reload(target)
+        _check_tensors(target, expected=merged, found=reloaded)
+        return _compared(format, target, before, reloaded, rounded=rounded)
 
     def _plain(self, target: Path, format: ExportFormat) -> ExportResult:
         """The model without adapters: ragged, packed, or zero-padded in the stock layout."""
@@ -212,7 +215,10 @@ class _Export:
                 export_padded(self.model, target)
             else:
                 save_ragged(self.model, target, dtype=self.stored)
-        return _compared(format, target, before, self._reload(target), rounded=self._rounds(self.stored))
+            reloaded = self._reload(target)
+            if format != "padded":
+                _check_tensors(target, expected=self.model, found=reloaded)
+        return _compared(format, target, before, reloaded, rounded=self._rounds(self.stored))
 
     def _stock(self, target: Path) -> ExportResult:
         """An uncut model in transformers' own layout (after pretraining, say); the cast copy costs its size once."""
@@ -234,6 +240,29 @@ class _Export:
     def _rounds(self, stored: torch.dtype) -> bool:
         """Whether storing loses digits."""
         return stored.itemsize < self.model.dtype.itemsize
+
+
+def _check_tensors(base: Path, *, expected: PreTrainedModel, found: PreTrainedModel) -> None:
+    """Every tensor of the reload is the one that was saved, up to the rounding of its stored type.
+
+    Raises:
+        ValueError: one is missing or differs; the message names it.
+    """
+    saved, reloaded = (dict(model.named_parameters()) | dict(model.named_buffers()) for model in (expected, found))
+    for name in sorted(saved.keys() | reloaded.keys()):
+        if name not in saved or name not in reloaded or not _equal_up_to_rounding(saved[name], reloaded[name]):
+            raise ValueError(
+                f"The export '{base}' does not reproduce the model: '{name}' differs after the reload. It is left "
+                "there for inspection; do not ship it."
+            )
+
+
+def _equal_up_to_rounding(saved: Tensor, reloaded: Tensor) -> bool:
+    """bfloat16 keeps 8 bits, float16 11 bits down to 6e-8; packed codes must be equal."""
+    saved, reloaded = saved.detach().cpu(), reloaded.detach().cpu()
+    if saved.shape != reloaded.shape or not saved.is_floating_point():
+        return torch.equal(saved, reloaded)
+    return torch.allclose(saved.float(), reloaded.float(), rtol=2**-7, atol=1e-6, equal_nan=True)
 
 
 def _compared(

@@ -55,6 +55,14 @@ def measure_footprint(model: PreTrainedModel, *, usage: Mapping[str, Tensor] | N
     )
 
 
+def missing_channels(model: PreTrainedModel) -> float:
+    """Share of the routed-expert channels that the model's config declares and the model no longer has."""
+    config, layers = model.config.get_text_config(), moe_layers(model)
+    family = layers[0].family
+    declared = len(layers) * int(getattr(config, family.expert_count)) * int(getattr(config, family.expert_width))
+    return 1 - sum(sum(expert_widths(layer.base_experts)) for layer in layers) / declared
+
+
 def _uniform_usage(layer: MoeLayer, widths: Sequence[int]) -> list[float]:
     """Every expert that still has channels is used equally often."""
     top_k = int(without_adapter(layer.router).top_k)  # pyright: ignore[reportArgumentType]

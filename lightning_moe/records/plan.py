@@ -113,7 +113,7 @@ class PrunePlan:
         """Refuses a model that the plan was not made for.
 
         Raises:
-            ValueError: names the first difference.
+            ValueError: names the first difference; the router's weights come last.
         """
         mine, theirs = self.shape.to_dict(), shape.to_dict()
         if len(mine["layers"]) != len(theirs["layers"]):
@@ -125,13 +125,20 @@ class PrunePlan:
                 (f"{key} of {where}", own[key], other[key])
                 for where, own, other in pairs
                 for key in own
-                if key != "layers" and own[key] != other[key]
+                if key not in ("layers", "router_digest") and own[key] != other[key]
             ]
         if differences:
             what, planned, came = differences[0]
             raise ValueError(
                 f"The plan was made for another model: {what} is {came} here and {planned} in the plan. "
                 "Calibrate and plan this model, or load the one the plan was made for."
+            )
+        if self.shape.router_digest != shape.router_digest:
+            raise ValueError(
+                f"The plan was made for another model: router_digest of model is {shape.router_digest} here and "
+                f"{self.shape.router_digest} in the plan, all else agrees. This is another checkpoint of the same "
+                "shape, or the same one loaded in another type than for calibration. Load the checkpoint that was "
+                "calibrated, with the same `dtype`, or calibrate and plan this one."
             )
 
     def to_dict(self) -> dict[str, Any]:

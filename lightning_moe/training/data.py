@@ -24,9 +24,9 @@ Role = Literal["train", "validation", "calibration"]
 
 
 class TextDataModule(LightningDataModule):
-    """Text, instruction or conversation corpora as rows of `sequence_length` tokens.
+    """Text, instruction or conversation corpora as rows of equal length.
 
-    Batches are dicts of `input_ids`, `attention_mask` and `labels`, int64 [batch, sequence_length]; labels are not
+    Batches are dicts of `input_ids`, `attention_mask` and `labels`, int64 [batch, tokens in a row]; labels are not
     shifted and are -100 where there is no loss (padding, prompts). Every corpus is tokenised and packed once, in
     `setup`. The reading position goes into checkpoints, so a run resumed within an epoch reads on where it stopped.
 
@@ -35,7 +35,9 @@ class TextDataModule(LightningDataModule):
         train: Corpora to train on by name, mixed in proportion to their tokens.
         validation: Corpora to validate on, one loader each.
         calibration: Corpora to calibrate on, one loader each, always in the same order.
-        sequence_length: Tokens in a row.
+        sequence_length: Tokens in a training row, at least 2.
+        validation_sequence_length: Tokens in a validation row, at least 2; null: `sequence_length`.
+        calibration_sequence_length: Tokens in a calibration row, at least 2; null: `sequence_length`.
         batch_size: Rows in a training batch.
         validation_batch_size: Rows in a validation batch; null: as in training.
         calibration_batch_size: Rows in a calibration batch; null: as in validation.
@@ -55,6 +57,8 @@ class TextDataModule(LightningDataModule):
         validation: dict[str, Corpus] | None = None,
         calibration: dict[str, Corpus] | None = None,
         sequence_length: int = 512,
+        validation_sequence_length: int | None = None,
+        calibration_sequence_length: int | None = None,
         batch_size: int = 8,
         validation_batch_size: int | None = None,
         calibration_batch_size: int | None = None,
@@ -69,7 +73,9 @@ class TextDataModule(LightningDataModule):
             "validation": _checked("validation", corpora=validation),
             "calibration": _checked("calibration", corpora=calibration),
         }
-        self.sequence_length = _at_least(2, name="sequence_length", value=sequence_length)
+        self.sequence_lengths = _sequence_lengths(
+            sequence_length, validation=validation_sequence_length, calibration=calibration_sequence_length
+        )
         self.batch_size = _at_least(1, name="batch_size", value=batch_size)
         self.validation_batch_size = _at_least(
             1, name="validation_batch_size", value=_default(validation_batch_size, otherwise=batch_size)
@@ -122,7 +128,7 @@ class TextDataModule(LightningDataModule):
                     corpus,
                     name=name,
                     tokenizer=self.tokenizer,
-                    sequence_length=self.sequence_length,
+                    sequence_length=self.sequence_lengths[role],
                     keep_last=role != "train",
                 )
                 for name, corpus in self.corpora[role].items()
@@ -213,6 +219,15 @@ def _checked(role: Role, *, corpora: dict[str, Corpus] | None) -> dict[str, Corp
     for name, corpus in (corpora or {}).items():
         check_corpus(corpus, name=name)
     return dict(corpora or {})
+
+
+def _sequence_lengths(train: int, *, validation: int | None, calibration: int | None) -> dict[Role, int]:
+    validation, calibration = _default(validation, otherwise=train), _default(calibration, otherwise=train)
+    return {
+        "train": _at_least(2, name="sequence_length", value=train),
+        "validation": _at_least(2, name="validation_sequence_length", value=validation),
+        "calibration": _at_least(2, name="calibration_sequence_length", value=calibration),
+    }
 
 
 def _at_least(minimum: int, *, name: str, value: int) -> int:

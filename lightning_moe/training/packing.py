@@ -1,8 +1,9 @@
 """Packing: token streams and examples into rows of equal length.
 
-Text is joined by end-of-text tokens and cut into windows, every token in exactly one row. Examples with a prompt are
-never cut to continue in another row: whole ones share a row as long as they fit, and one longer than a row keeps its
-beginning. As usual for packed text, a token also attends to what precedes it in its row from another document.
+Text is joined by end-of-text tokens (and the tokenizer's beginning-of-text tokens, if it has them begin a text) and
+cut into windows, every token in exactly one row. Examples with a prompt are never cut to continue in another row: whole
+ones share a row as long as they fit, and one longer than a row keeps its beginning. As usual for packed text, a token
+also attends to what precedes it in its row from another document.
 """
 
 # N rows, S tokens in a row

@@ -1,4 +1,8 @@
-"""From a corpus to packed rows: read, render, tokenise, pack."""
+"""From a corpus to packed rows: read, render, tokenise, pack.
+
+Where a tokenizer begins a text with its beginning-of-text token (Mixtral, DeepSeek), every document and instruction
+does too; where it begins with none (the shipped one, Qwen), none is added. Conversations begin as their template says.
+"""
 
 # T tokens
 
@@ -61,7 +65,7 @@ def corpus_rows(
         rows = pack_stream(stream_T, sequence_length=sequence_length, padding=padding, keep_last=keep_last)
     else:
         examples = _examples(records, corpus=corpus, name=name, tokenizer=tokenizer)
-        spans = list(_token_spans(examples, name=name, tokenizer=tokenizer, max_tokens=corpus.max_tokens))
+        spans = list(_token_spans(examples, corpus=corpus, name=name, tokenizer=tokenizer))
         rows = pack_examples(spans, sequence_length=sequence_length, padding=padding)
         _check_examples(spans, name=name, sequence_length=sequence_length)
     _LOG.info("corpus %s: %d tokens in %d rows of %d", name, rows.num_tokens, len(rows), sequence_length)
@@ -83,7 +87,8 @@ def _check_examples(spans: list[TokenSpan], *, name: str, sequence_length: int) 
     if lost == len(spans):
         raise ValueError(
             f"Corpus {name!r}: in all of its {lost} examples the prompt fills the row of {sequence_length} tokens "
-            "and leaves no answer to learn. Raise `sequence_length` (or `max_tokens`, if no example fits in it)."
+            "and leaves no answer to learn. Raise the sequence length of its role (or `max_tokens`, if no example "
+            "fits in it)."
         )
     if lost:
         _LOG.warning(
@@ -96,18 +101,28 @@ def _check_examples(spans: list[TokenSpan], *, name: str, sequence_length: int) 
 
 
 def _stream(records: Iterator[Record], *, corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Tokens of all non-empty documents, each followed by the end-of-text token, up to `max_tokens`."""
+    """Tokens of all non-empty documents, each begun as the tokenizer does and ended by end of text; to `max_tokens`."""
     texts = (text_of(record, field=corpus.fields[0], name=name) for record in records)
     if corpus.separator is not None:
         texts = iter([corpus.separator.join(texts)])
+    beginning = _beginning(tokenizer)
     pieces, left = [np.empty(0, dtype=np.int32)], corpus.max_tokens
     for ids in _tokenise((text for text in texts if text), name=name, tokenizer=tokenizer):
-        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)[:left])
+        pieces.append(np.array([*beginning, *ids, tokenizer.eos_token_id], dtype=np.int32)[:left])
         if left is not None:
             left -= len(pieces[-1])
             if left == 0:
                 break
     return torch.from_numpy(np.concatenate(pieces))
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-text token if the tokenizer itself puts it before a text, else nothing.
+
+    Asked of a text that is not empty: where both tokens are one, an empty text cannot tell beginning from end.
+    """
+    bos = tokenizer.bos_token_id
+    return [bos] if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _tokenise(texts: Iterable[str], *, name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -131,18 +146,19 @@ def _examples(
 
 
 def _token_spans(
-    examples: Iterator[Example], *, name: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+    examples: Iterator[Example], *, corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[TokenSpan]:
     """Tokenise the segments of each example by themselves, as generation does with a prompt; stop at `max_tokens`."""
+    beginning = [] if corpus.format == "messages" else _beginning(tokenizer)
     num_tokens = 0
     while batch := list(islice(examples, _RECORDS_AT_ONCE)):
         tokenised = _tokenise(
             (segment.text for example in batch for segment in example), name=name, tokenizer=tokenizer
         )
         for example in batch:
-            pieces = [(segment.learn, next(tokenised)) for segment in example]
+            pieces = [(False, beginning), *((segment.learn, next(tokenised)) for segment in example)]
             ids = [token for _, piece in pieces for token in piece]
             num_tokens += len(ids)
-            if max_tokens is not None and num_tokens > max_tokens:
+            if corpus.max_tokens is not None and num_tokens > corpus.max_tokens:
                 return
             yield TokenSpan(input_ids=ids, learn=[learn for learn, piece in pieces for _ in piece])
