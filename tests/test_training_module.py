@@ -300,6 +300,14 @@ def test_distillation_mixes_two_losses_and_gives_up_its_teacher(folder):
     assert not module._teacher
 
 
+@WITHOUT_VALIDATION
+def test_another_model_is_no_teacher(folder):
+    module = recovery_module(folder, name="model", teacher="asset:small_moe")
+    recovery = Recovery(quantize="none", adapter=AdapterConfig(expert_rank=2, router_rank=2))
+    with pytest.raises(ValueError, match=r"`teacher: asset:small_moe` is not the unpruned model .* 6 there and 2"):
+        quiet_trainer([recovery], max_steps=1).fit(module, datamodule=text_module(folder, validation=None))
+
+
 def test_the_weight_of_distillation_is_checked(folder):
     with pytest.raises(ValueError, match=r"`distillation` is the weight of the distillation loss, in \(0, 1\], got 0"):
         recovery_module(folder, distillation=0)

@@ -262,7 +262,23 @@ class RecoveryModule(LanguageModelModule):
         super().on_fit_start()
         if self.teacher_source is not None:
             teacher = load_model(self.teacher_source, dtype=self.settings.dtype).to(self.device)  # pyright: ignore
+            self._check_teacher(teacher)
             self._teacher = (teacher.requires_grad_(requires_grad=False),)
+
+    def _check_teacher(self, teacher: PreTrainedModel) -> None:
+        """The teacher must be the student before it was cut: same family, depth, width and vocabulary.
+
+        Raises:
+            ValueError: it is another model.
+        """
+        student, other = (model.config.get_text_config() for model in (self.language_model, teacher))
+        for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
+            mine, theirs = getattr(student, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(
+                    f"`teacher: {self.teacher_source}` is not the unpruned model of this student: `{name}` is "
+                    f"{theirs} there and {mine} here. Name the model that was pruned, or leave `teacher` out."
+                )
 
     @override
     def on_train_end(self) -> None:
