@@ -121,7 +121,7 @@ def test_every_option_of_training_has_a_help_text(name, monkeypatch, capsys):
     shown = capsys.readouterr().out
     for group in (*cli.CALLBACK_GROUPS, "data.sequence_length", "data.calibration", "model"):
         assert f"--{group}" in shown
-    assert "Tokens in a row." in shown
+    assert "Tokens in a training row" in shown
 
 
 @pytest.mark.parametrize("group", sorted(cli.CALLBACK_GROUPS))
