@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from lightning_moe.adapters.experts import DoraExperts
 from lightning_moe.adapters.functional import adapted_weight
 from lightning_moe.adapters.router import DoraRouter
-from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows
+from lightning_moe.models.channel_experts import ChannelExperts
+from lightning_moe.quantization.nf4 import unpack_experts
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def merge_adapters(peft_model: PeftModel, *, dtype: torch.dtype) -> PreTrainedMo
         if isinstance(module, Linear4bit):
             model.set_submodule(name, _linear(module, _dense_weight(module), dtype))
         elif isinstance(module, ChannelExperts) and module.packed:
-            _unpack(module, dtype)
+            unpack_experts(module, dtype=dtype)
     for parameter in model.parameters():
         # Buffers (rotary frequencies, correction biases) keep their type, as they do in transformers.
         parameter.data = parameter.data.to(dtype)
@@ -81,9 +82,3 @@ def _linear(old: nn.Module, weight_oi: Tensor, dtype: torch.dtype) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return linear.train(old.training)
-
-
-def _unpack(experts: ChannelExperts, dtype: torch.dtype) -> None:
-    for name in PROJECTIONS:
-        rows = experts.projection(name)
-        setattr(experts, name, DenseRows(rows.rows(0, rows.shape[0], dtype)))
