@@ -2,61 +2,14 @@
 
 # T tokens, K experts per token, E experts, n channels, H hidden
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from random_experts import HIDDEN, RAGGED, UNALIGNED, gradients, naive, packed_pair, random_experts, random_routing
 from tiny_models import FAMILY_NAMES, MODEL_NAMES, tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts
 from lightning_moe.models.discovery import expert_matrices, moe_layers
-from lightning_moe.models.grouped import grouped_matmul, grouped_outer
-from lightning_moe.quantization.nf4 import pack_experts, unpack_experts
 from lightning_moe.surgery.cut import to_channel_experts
-
-HIDDEN = 64
-RAGGED = (16, 8, 24, 16, 8, 16, 32, 24)
-UNALIGNED = (5, 7, 7, 12, 5, 0, 1, 7)
-
-
-def random_experts(widths: tuple[int, ...], *, dtype: torch.dtype = torch.float32, seed: int = 0) -> ChannelExperts:
-    torch.manual_seed(seed)
-    experts = ChannelExperts(widths=widths, hidden_size=HIDDEN, act_fn=nn.SiLU())
-    for name in PROJECTIONS:
-        experts.projection(name).get_parameter("weight").data.normal_(std=0.2)
-    return experts.to(dtype)
-
-
-def random_routing(*, num_tokens: int, num_experts: int, top_k: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    index_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k, dim=-1).indices
-    return index_TK, torch.rand(num_tokens, top_k, generator=generator)
-
-
-def naive(experts: ChannelExperts, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Token by token and expert by expert, straight from the definition."""
-    rows = []
-    for token, (experts_K, weights_K) in enumerate(zip(index_TK.tolist(), weights_TK, strict=True)):
-        total = torch.zeros_like(hidden_TH[token])
-        for expert, weight in zip(experts_K, weights_K, strict=True):
-            gate_nH, up_nH, down_nH = experts.expert_matrices(expert, dtype=hidden_TH.dtype)
-            channel_n = experts.act_fn(gate_nH @ hidden_TH[token]) * (up_nH @ hidden_TH[token])
-            total = total + weight.to(hidden_TH.dtype) * (channel_n @ down_nH)
-        rows.append(total)
-    return torch.stack(rows)
-
-
-def gradients(
-    function: Callable[[Tensor, Tensor], Tensor], hidden_TH: Tensor, weights_TK: Tensor, parameters: list[nn.Parameter]
-) -> list[Tensor]:
-    inputs = [hidden_TH.clone().requires_grad_(), weights_TK.clone().requires_grad_()]
-    output = function(*inputs)
-    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output.dtype)
-    return [
-        output.detach(),
-        *torch.autograd.grad((output * target).sum(), [*inputs, *parameters], materialize_grads=True),
-    ]
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
@@ -119,13 +72,15 @@ def test_full_width_equals_the_stock_experts(name) -> None:
         torch.testing.assert_close(value, reference.reshape(-1, HIDDEN), rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_equals_the_stock_experts_bit_for_bit() -> None:
+@pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_bfloat16_equals_the_stock_experts_bit_for_bit(with_grad, weights_dtype) -> None:
     stock = moe_layers(tiny_model(dtype=torch.bfloat16))[0].experts
     index_TK, weights_TK = random_routing(num_tokens=20, num_experts=8, top_k=2)
-    hidden_TH = torch.randn(20, HIDDEN, dtype=torch.bfloat16)
-    assert torch.equal(
-        to_channel_experts(stock)(hidden_TH, index_TK, weights_TK), stock(hidden_TH, index_TK, weights_TK)
-    )
+    hidden_TH, weights_TK = torch.randn(20, HIDDEN, dtype=torch.bfloat16), weights_TK.to(weights_dtype)
+    with torch.set_grad_enabled(with_grad):
+        ours = to_channel_experts(stock)(hidden_TH, index_TK, weights_TK)
+        assert torch.equal(ours, stock(hidden_TH, index_TK, weights_TK))
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -171,15 +126,6 @@ def test_slots_are_the_position_in_storage() -> None:
     assert sorted(experts.storage_order().tolist()) == list(range(48))
 
 
-def packed_pair(widths: tuple[int, ...]) -> tuple[ChannelExperts, ChannelExperts]:
-    """The same experts packed, and dequantised to float32."""
-    packed, dense = random_experts(widths), random_experts(widths)
-    pack_experts(packed)
-    pack_experts(dense)
-    unpack_experts(dense, dtype=torch.float32)
-    return packed, dense
-
-
 @pytest.mark.parametrize(
     ("num_tokens", "top_k"), [(1, 1), (2, 2), (40, 3), (5, 8)], ids=["one", "few hit", "most hit", "all"]
 )
@@ -194,21 +140,6 @@ def test_packed_equals_dequantised(widths, num_tokens, top_k) -> None:
     expected = gradients(lambda x, w: dense(x, index_TK, w), hidden_TH, weights_TK, [])
     for value, reference in zip(mine, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
-
-
-def test_decoding_loads_only_the_experts_that_are_hit(monkeypatch) -> None:
-    packed, _ = packed_pair((16,) * 8)
-    loaded: list[tuple[int, int]] = []
-    storage = packed.projection("up_proj")
-    rows = type(storage).rows
-    monkeypatch.setattr(
-        type(storage),
-        "rows",
-        lambda self, start, stop, dtype: loaded.append((start, stop)) or rows(self, start, stop, dtype),
-    )
-    with torch.no_grad():
-        packed(torch.randn(1, HIDDEN), torch.tensor([[2, 5]]), torch.rand(1, 2))
-    assert set(loaded) == {(32, 48), (80, 96)}
 
 
 def test_packed_weights_are_not_kept_for_backward() -> None:
@@ -238,23 +169,5 @@ def test_autocast_computes_in_its_type_and_gives_gradients_back(packed) -> None:
     assert hidden_TH.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("width", [5, 8])
-def test_grouped_products_equal_the_loop_with_empty_groups(width) -> None:
-    bounds = (0, 4, 4, 9)
-    left_Sm, right_Sn, weight_Gmn = torch.randn(9, HIDDEN), torch.randn(9, width), torch.randn(3, HIDDEN, width)
-    pieces = [left_Sm[0:4] @ weight_Gmn[0], left_Sm[4:9] @ weight_Gmn[2]]
-    torch.testing.assert_close(grouped_matmul(left_Sm, weight_Gmn, bounds), torch.cat(pieces))
-    outer = [left_Sm[0:4].T @ right_Sn[0:4], torch.zeros(HIDDEN, width), left_Sm[4:9].T @ right_Sn[4:9]]
-    torch.testing.assert_close(grouped_outer(left_Sm, right_Sn, bounds), torch.stack(outer))
-    torch.testing.assert_close(grouped_outer(left_Sm[:4], right_Sn[:4], (0, 4)), outer[0].unsqueeze(0))
-
-
 def test_repr_names_experts_channels_and_widths() -> None:
     assert random_experts((8, 16, 8)).extra_repr() == "num_experts=3, channels=32, distinct widths=[8, 16]"
-
-
-def test_a_group_of_experts_of_width_one_takes_the_loop():
-    torch.manual_seed(0)
-    input_Sk, weight_Gkn = torch.randn(6, 1), torch.randn(2, 1, 64)
-    expected = torch.cat([input_Sk[:3] @ weight_Gkn[0], input_Sk[3:] @ weight_Gkn[1]])
-    assert torch.allclose(grouped_matmul(input_Sk, weight_Gkn, (0, 3, 6)), expected)

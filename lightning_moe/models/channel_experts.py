@@ -5,20 +5,25 @@ T tokens, H hidden, K experts per token, S = T*K routed pairs, E experts, C = su
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, chain
 from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.models.grouped import FrozenGroupedMatmul, Routing, grouped_matmul
+from lightning_moe.models.grouped import (
+    ExpertRun,
+    FrozenGroupedMatmul,
+    Routing,
+    RowLoader,
+    WidthGroup,
+    expert_runs,
+    grouped_matmul,
+    width_groups,
+)
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-# (first row, one past the last row, dtype) -> rows [n, H]
-RowLoader = Callable[[int, int, torch.dtype], Tensor]
 
 
 class RowStorage(nn.Module, ABC):
@@ -77,57 +82,13 @@ def _block_rows(block_nH: Tensor, start: int, stop: int, dtype: torch.dtype) -> 
     return (block_nH if (start, stop) == (0, len(block_nH)) else block_nH[start:stop]).to(dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WidthGroup:
-    """Experts of equal width: consecutive slots, one contiguous block of rows."""
-
-    first_slot: int
-    num_experts: int
-    width: int
-    first_row: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the block."""
-        return self.num_experts * self.width
-
-    @property
-    def last_row(self) -> int:
-        """One past the last row."""
-        return self.first_row + self.num_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ExpertRun:
-    """Neighbouring experts of one width, computed in one grouped product.
-
-    Args:
-        first: position of the first one in its width group.
-        width: n.
-        bounds: offsets of each expert's pairs in the run's own pairs (one more than experts).
-    """
-
-    first: int
-    width: int
-    bounds: tuple[int, ...]
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.bounds) - 1
-
-    def load(self, loader: RowLoader, dtype: torch.dtype) -> Tensor:
-        """The run's rows of one projection as `[G, n, H]`."""
-        first_row = self.first * self.width
-        rows_CH = loader(first_row, first_row + self.num_experts * self.width, dtype)
-        return rows_CH.view(self.num_experts, self.width, -1)
-
-
 class ChannelExperts(nn.Module):
     """Gated experts of unequal width with the experts signature of transformers 5.
 
     Channel c of an expert is one row of `gate_proj`, of `up_proj` and of `down_proj` (stored transposed), so that
     pruning is row selection. Experts are stored sorted by width; experts of equal width are one `[G, n, H]` view and
-    one grouped matrix product. Width 0 marks an expert that a masked router still counts but never chooses.
+    one grouped matrix product, or a few (`expert_runs`). Width 0 marks an expert that a masked router still counts but
+    never chooses.
 
     Args:
         widths: channels of each expert, in the router's order.
@@ -150,7 +111,7 @@ class ChannelExperts(nn.Module):
         self.act_fn = act_fn
         self.slot_order = tuple(sorted(range(len(self.widths)), key=lambda e: (self.widths[e], e)))
         sorted_widths = [self.widths[e] for e in self.slot_order]
-        self.groups = tuple(_width_groups(sorted_widths))
+        self.groups = tuple(width_groups(sorted_widths))
         starts = dict(zip(self.slot_order, accumulate(sorted_widths[:-1], initial=0), strict=True))
         self._first_row = tuple(starts[e] for e in range(len(self.widths)))
         build = rows or (lambda num_rows, hidden: DenseRows(torch.empty(num_rows, hidden)))
@@ -195,52 +156,80 @@ class ChannelExperts(nn.Module):
         """Row of each channel when channels are counted expert by expert in the router's order: int64 `[C]`."""
         return torch.cat([torch.arange(*self.row_range(e)) for e in range(self.num_experts)])
 
+    @torch.compiler.disable(reason="the number of tokens of each expert is data: experts run outside the graph")
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`hidden [T, H], index [T, K], weights [T, K] -> [T, H]`, in the autocast type where autocast is on."""
+        """`hidden [T, H], index [T, K], weights [T, K] -> [T, H]`, in the autocast type where autocast is on.
+
+        One host sync a layer (`Routing.bounds`), none per expert. `torch.compile` breaks the graph around this call.
+        """
         device = hidden_states.device.type
         autocast = torch.is_autocast_enabled(device)
         # Cast here, not product by product: a backward that loads weights anew runs outside autocast.
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
         routing = Routing.sort(self.slots(top_k_index), num_slots=self.num_experts)
-        sorted_SH = self._sorted_output(hidden_states.to(dtype)[routing.token_S], routing)
+        input_TH = hidden_states.to(dtype)
+        if device == "cpu" and not self._needs_autograd(hidden_states, top_k_weights):
+            return self._accumulated_output(input_TH, routing, top_k_weights).to(hidden_states.dtype)
+        sorted_SH = self._sorted_output(input_TH[routing.token_S], routing)
         return routing.combine(sorted_SH, top_k_weights).to(hidden_states.dtype)
+
+    def _needs_autograd(self, *inputs: Tensor) -> bool:
+        tensors = chain(inputs, self.parameters())
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+    def _accumulated_output(self, input_TH: Tensor, routing: Routing, weights_TK: Tensor) -> Tensor:
+        """Run by run from gather to weighted sum, so that all between stays in the cache: `[T, H] -> [T, H]`.
+
+        The sums are fp32 (or wider) and in the order of the slots; a GPU would need atomic adds for this.
+        """
+        weights_S1 = weights_TK.reshape(-1)[routing.order_S].unsqueeze(1)
+        sum_TH = input_TH.new_zeros(input_TH.shape, dtype=torch.promote_types(input_TH.dtype, torch.float32))
+        for run, loaders in self._runs(routing, input_TH.device):
+            token_S = routing.token_S[run.start : run.stop]
+            output_SH = self._run_output(run, loaders, input_TH.index_select(0, token_S))
+            weighted_SH = output_SH * weights_S1[run.start : run.stop]
+            sum_TH.index_add_(0, token_S, weighted_SH.to(sum_TH.dtype))
+        return sum_TH
 
     def _sorted_output(self, input_SH: Tensor, routing: Routing) -> Tensor:
         """Output of each routed pair, sorted by slot: `[S, H] -> [S, H]`."""
+        # Experts of width 0 come first and add nothing.
+        pieces = [torch.zeros_like(input_SH[: routing.bounds[self.widths.count(0)]])]
+        for run, loaders in self._runs(routing, input_SH.device):
+            pieces.append(self._run_output(run, loaders, input_SH[run.start : run.stop]))
+        return torch.cat(pieces)
+
+    def _runs(self, routing: Routing, device: torch.device) -> Iterator[tuple[ExpertRun, tuple[RowLoader, ...]]]:
+        """What to compute in one grouped product, in the order of the pairs, and where its rows come from."""
         sizes = [group.num_rows for group in self.groups]
         loaders = zip(*(self.projection(name).blocks(sizes) for name in PROJECTIONS), strict=True)
-        pieces = []
         for group, loaders_of_group in zip(self.groups, loaders, strict=True):
             bounds = routing.bounds[group.first_slot : group.first_slot + group.num_experts + 1]
-            group_SH = input_SH[bounds[0] : bounds[-1]]
-            if group.width == 0:
-                pieces.append(torch.zeros_like(group_SH))
-            elif len(group_SH):
-                pieces.extend(self._group_output(group, loaders_of_group, group_SH, bounds))
-        return torch.cat(pieces) if pieces else input_SH
+            if group.width and bounds[0] < bounds[-1]:
+                for run in self._split(group, bounds, device):
+                    yield run, loaders_of_group
 
-    def _group_output(
-        self, group: WidthGroup, loaders: tuple[RowLoader, ...], input_SH: Tensor, bounds: tuple[int, ...]
-    ) -> Iterator[Tensor]:
-        """Output of the experts of one width on their own tokens, run by run: `[S, H]` each."""
+    def _split(self, group: WidthGroup, bounds: tuple[int, ...], device: torch.device) -> list[ExpertRun]:
+        if torch.is_grad_enabled() and not self.packed:
+            # The gradient of a part of a block would be as large as the block.
+            return [ExpertRun.cut(group, bounds, first=0, last=group.num_experts)]
+        return expert_runs(group, bounds, hidden_size=self.hidden_size, packed=self.packed, device=device)
+
+    def _run_output(self, run: ExpertRun, loaders: tuple[RowLoader, ...], input_SH: Tensor) -> Tensor:
+        """Output of the experts of a run on their own tokens: `[S, H] -> [S, H]`."""
         load_gate, load_up, load_down = loaders
-        for first, last in _hit_runs(bounds, sparse=self.packed):
-            start, stop = bounds[first], bounds[last]
-            local = tuple(bound - start for bound in bounds[first : last + 1])
-            run = _ExpertRun(first=first, width=group.width, bounds=local)
-            run_SH = input_SH[start - bounds[0] : stop - bounds[0]]
-            gate_Sn = self._matmul(load_gate, run, run_SH, transpose=True)
-            up_Sn = self._matmul(load_up, run, run_SH, transpose=True)
-            yield self._matmul(load_down, run, self.act_fn(gate_Sn) * up_Sn, transpose=False)
+        gate_Sn = self._matmul(load_gate, run, input_SH, transpose=True)
+        up_Sn = self._matmul(load_up, run, input_SH, transpose=True)
+        return self._matmul(load_down, run, self.act_fn(gate_Sn) * up_Sn, transpose=False)
 
-    def _matmul(self, loader: RowLoader, run: _ExpertRun, input_Sk: Tensor, *, transpose: bool) -> Tensor:
+    def _matmul(self, loader: RowLoader, run: ExpertRun, input_Sk: Tensor, *, transpose: bool) -> Tensor:
         """Grouped product with the rows of a run of experts; packed rows are not kept for backward."""
 
         def load() -> Tensor:
             weight_GnH = run.load(loader, input_Sk.dtype)
             return weight_GnH.transpose(1, 2) if transpose else weight_GnH
 
-        if self.packed and torch.is_grad_enabled() and input_Sk.requires_grad:
+        if torch.is_grad_enabled() and input_Sk.requires_grad and self.packed:
             return cast(Tensor, FrozenGroupedMatmul.apply(input_Sk, load, run.bounds))
         return grouped_matmul(input_Sk, load(), run.bounds)
 
@@ -248,20 +237,3 @@ class ChannelExperts(nn.Module):
         """Experts, channels and the widths in use."""
         distinct = sorted(set(self.widths))
         return f"num_experts={self.num_experts}, channels={sum(self.widths)}, distinct widths={distinct}"
-
-
-def _width_groups(sorted_widths: Sequence[int]) -> Iterator[WidthGroup]:
-    slot = row = 0
-    for width, members in groupby(sorted_widths):
-        count = len(list(members))
-        yield WidthGroup(first_slot=slot, num_experts=count, width=width, first_row=row)
-        slot, row = slot + count, row + count * width
-
-
-def _hit_runs(bounds: tuple[int, ...], *, sparse: bool) -> list[tuple[int, int]]:
-    """Runs of experts to compute: all at once, or only the hit ones where few are hit and loading costs (4 bit)."""
-    num_experts = len(bounds) - 1
-    hit = [g for g in range(num_experts) if bounds[g] < bounds[g + 1]]
-    if not sparse or 2 * len(hit) > num_experts:
-        return [(0, num_experts)]
-    return [(g, g + 1) for g in hit]

@@ -3,15 +3,22 @@
 T tokens, K experts per token, S = T*K routed pairs sorted by expert, G experts of equal width, n channels, H hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_moe.models.products import product, product_pays
+
+# (first row, one past the last row, dtype) -> rows [n, H]
+RowLoader = Callable[[int, int, torch.dtype], Tensor]
+
+# Dense fp32 rows of one projection in one run: some of the last-level cache; a fraction of a GPU's memory.
+_RUN_BYTES_CPU, _RUN_BYTES_GPU = 4 * 2**20, 256 * 2**20
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,9 +39,9 @@ class Routing:
     @classmethod
     def sort(cls, slot_TK: Tensor, *, num_slots: int) -> "Routing":
         """Sorts the pairs of `slot_TK` (int64, values in [0, num_slots)) by slot, stably."""
-        slot_S = slot_TK.reshape(-1)
-        order_S = slot_S.argsort(stable=True)
-        ends = torch.bincount(slot_S, minlength=num_slots).cumsum(0)
+        sorted_S, order_S = slot_TK.reshape(-1).sort(stable=True)
+        # Not bincount, which waits for a GPU once more.
+        ends = torch.searchsorted(sorted_S, torch.arange(num_slots, device=sorted_S.device), right=True)
         return cls(order_S=order_S, token_S=order_S // slot_TK.shape[1], bounds=(0, *ends.tolist()))
 
     def combine(self, output_SH: Tensor, weights_TK: Tensor) -> Tensor:
@@ -49,14 +56,120 @@ class Routing:
         return weighted_SH[inverse_S].view(num_tokens, top_k, output_SH.shape[1]).sum(1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WidthGroup:
+    """Experts of equal width: consecutive slots, one contiguous block of rows."""
+
+    first_slot: int
+    num_experts: int
+    width: int
+    first_row: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the block."""
+        return self.num_experts * self.width
+
+    @property
+    def last_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.num_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRun:
+    """Neighbouring experts of one width, computed in one grouped product.
+
+    Args:
+        first: position of the first one in its width group.
+        width: n.
+        start: first pair of the run, counted like the bounds it was made from.
+        bounds: offsets of each expert's pairs in the run's own pairs (one more than experts, from 0).
+    """
+
+    first: int
+    width: int
+    start: int
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def cut(cls, group: WidthGroup, bounds: tuple[int, ...], *, first: int, last: int) -> "ExpertRun":
+        """Experts `first:last` of a group whose experts' pairs begin at `bounds` (one more than experts)."""
+        local = tuple(bound - bounds[first] for bound in bounds[first : last + 1])
+        return cls(first=first, width=group.width, start=bounds[first], bounds=local)
+
+    @property
+    def num_experts(self) -> int:
+        """G."""
+        return len(self.bounds) - 1
+
+    @property
+    def stop(self) -> int:
+        """One past the last pair, counted like `start`."""
+        return self.start + self.bounds[-1]
+
+    def load(self, loader: RowLoader, dtype: torch.dtype) -> Tensor:
+        """The run's rows of one projection as `[G, n, H]`; the loader counts from the group's first row."""
+        first_row = self.first * self.width
+        rows_CH = loader(first_row, first_row + self.num_experts * self.width, dtype)
+        return rows_CH.view(self.num_experts, self.width, -1)
+
+
+def expert_runs(
+    group: WidthGroup, bounds: tuple[int, ...], *, hidden_size: int, packed: bool, device: torch.device
+) -> list[ExpertRun]:
+    """Splits the experts of one width into runs; together they hold every pair of the group, in order.
+
+    A run's dense rows of one projection stay below a limit (but a run has at least one expert): on a CPU they stay in
+    the cache, on a GPU the whole group is normally one kernel. Experts without pairs are left out where that saves
+    something: on a CPU always, on a GPU where rows are packed and at most half of the experts have pairs.
+
+    Args:
+        group: experts of one width.
+        bounds: offsets of each expert's pairs (one more than experts; `Routing.bounds` cut to the group's slots).
+        hidden_size: H.
+        packed: rows must be dequantised, so that loading costs.
+        device: where the product is computed.
+    """
+    on_cpu = device.type == "cpu"
+    most = max(1, (_RUN_BYTES_CPU if on_cpu else _RUN_BYTES_GPU) // max(1, 4 * group.width * hidden_size))
+    hit = [g for g in range(group.num_experts) if bounds[g] < bounds[g + 1]]
+    few = packed and 2 * len(hit) <= group.num_experts
+    chosen = hit if on_cpu or few else range(group.num_experts)
+    runs = [ExpertRun.cut(group, bounds, first=first, last=last) for first, last in _stretches(chosen, most=most)]
+    return [run for run in runs if run.bounds[-1]]
+
+
+def _stretches(positions: Sequence[int], *, most: int) -> Iterator[tuple[int, int]]:
+    """Stretches `[first, last)` of neighbouring positions (sorted), none longer than `most`."""
+    first = 0
+    for index in range(1, len(positions) + 1):
+        ends = index == len(positions) or positions[index] != positions[index - 1] + 1
+        if ends or index - first == most:
+            yield positions[first], positions[index - 1] + 1
+            first = index
+
+
+def width_groups(sorted_widths: Sequence[int]) -> Iterator[WidthGroup]:
+    """The groups of experts that are stored in the order of their widths."""
+    slot = row = 0
+    for width, members in groupby(sorted_widths):
+        count = len(list(members))
+        yield WidthGroup(first_slot=slot, num_experts=count, width=width, first_row=row)
+        slot, row = slot + count, row + count * width
+
+
 def grouped_matmul(input_Sk: Tensor, weight_Gkn: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """Rows `bounds[g]:bounds[g+1]` of the input times matrix g: `[S, k] x [G, k, n] -> [S, n]`.
 
     One call of `torch.nn.functional.grouped_mm` where its alignment (16 bytes) and types allow, else a loop of mm. The
-    width of the output counts too: it is the row stride of the gradient that backward multiplies.
+    width of the output counts too: it is the row stride of the gradient that backward multiplies. On a CPU that call is
+    a loop too, so `product` replaces it where that is faster.
     """
     if len(bounds) == 2:
-        return input_Sk @ weight_Gkn[0]
+        return product(input_Sk, weight_Gkn[0])
+    if product_pays(input_Sk, weight_Gkn, num_groups=len(weight_Gkn)):
+        return torch.cat([product(input_Sk[a:b], weight_Gkn[g]) for g, (a, b) in enumerate(pairwise(bounds))])
     rows_fit = weight_Gkn.shape[2] * weight_Gkn.element_size() % 16 == 0
     if rows_fit and _aligned(input_Sk) and _aligned(weight_Gkn) and input_Sk.dtype == weight_Gkn.dtype:
         return functional.grouped_mm(input_Sk, weight_Gkn, offs=_offsets(bounds, input_Sk))
@@ -97,4 +210,5 @@ def _aligned(tensor: Tensor) -> bool:
 
 
 def _offsets(bounds: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(bounds[1:], dtype=torch.int32, device=like.device)
+    # A copy that does not wait for the GPU, as `torch.tensor(..., device=)` would.
+    return torch.tensor(bounds[1:], dtype=torch.int32).to(like.device, non_blocking=True)
