@@ -8,11 +8,13 @@ from tiny_models import FAMILY_NAMES, MODEL_NAMES, NUM_EXPERTS, WIDTH, random_to
 from torch import Tensor
 
 from lightning_moe.calibration.collector import CalibrationCollector, collect_statistics
+from lightning_moe.calibration.measure import CountedTokens, LayerMeasurement, OutputBuffer, router_sums, weight_norms
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import expert_matrices, moe_layers
 from lightning_moe.quantization.nf4 import pack_experts, unpack_experts
 from lightning_moe.records import STATISTICS, CalibrationStatistics, PrunePlan
 from lightning_moe.surgery.cut import apply_plan, convert_experts
+from scripts.benchmarking import peak_bytes
 
 MOMENTS = {"output_sum", "output_sq", "input_sq", "output_gram"}
 
@@ -80,6 +82,11 @@ def test_two_half_batches_are_one_and_their_order_does_not_matter():
     assert_same(halves, turned, rtol=1e-13)
 
 
+def test_batches_of_unequal_size_add_up():
+    model, ids = tiny_model(), random_tokens(batch=4, length=16)
+    assert_same(collect(model, ids), collect(model, ids[:3], ids[3:]), rtol=1e-4, atol=1e-6)
+
+
 def test_corpora_are_kept_apart_and_merge_to_the_same_sums():
     model, ids = tiny_model("glm4_moe"), random_tokens(batch=4)
     first, second = [{"input_ids": ids[:2]}], [{"input_ids": ids[2:]}]
@@ -137,6 +144,53 @@ def test_weight_norms_are_those_of_each_channel():
     part = slice(3 * WIDTH, 4 * WIDTH)
     for name, matrix in {"gate_sq_norm": gate_nH, "up_sq_norm": up_nH, "down_sq_norm": down_nH}.items():
         torch.testing.assert_close(weights[name][part], matrix.detach().pow(2).sum(1))
+
+
+def test_weight_norms_of_long_float32_rows_are_exact_to_seven_digits():
+    experts = moe_layers(tiny_model(hidden_size=1100))[0].experts
+    norms = weight_norms(experts)
+    gate_nH, _, down_nH = expert_matrices(experts, 0, dtype=torch.float64)
+    for name, matrix in {"gate_sq_norm": gate_nH, "down_sq_norm": down_nH}.items():
+        torch.testing.assert_close(norms[name][:WIDTH], matrix.detach().square().sum(1), rtol=1e-7, atol=0.0)
+
+
+def test_float32_sums_over_a_long_batch_are_those_of_float64():
+    """65,536 tokens in one batch on the same routing: only the rounding of activations and sums differs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_TH = torch.randn(65536, 64, generator=generator)
+    weights_TK, index_TK = torch.rand(65536, NUM_EXPERTS, generator=generator).softmax(-1).topk(2)
+    output_TH = torch.randn(65536, 64, generator=generator)
+    sums = []
+    for dtype in (torch.float32, torch.float64):
+        tokens = CountedTokens.from_mask(None, num_tokens=65536, device=torch.device("cpu"))
+        experts = moe_layers(tiny_model())[0].experts.to(dtype)
+        measured = LayerMeasurement(experts, tokens=tokens, outputs=OutputBuffer())
+        with torch.no_grad():
+            routed_TH = measured.run(hidden_TH.to(dtype), index_TK, weights_TK.to(dtype))
+            sums.append(measured.finish(routed_TH + output_TH.to(dtype), scale=1.0))
+        sums[-1] |= router_sums(5 * hidden_TH[:, :NUM_EXPERTS].to(dtype), score="softmax")
+    for name, exact in sums[1].items():
+        # Terms of both signs cancel in the sum of z: its rounding is relative to the sum of ||z||.
+        scale = sums[1]["norm"] if name == "output_sum" else exact
+        tolerance = 1e-5 * float(scale.abs().max())
+        torch.testing.assert_close(sums[0][name].double(), exact.double(), rtol=1e-5, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_peak_memory_stays_below_two_layers_of_routed_activations(moments):
+    model, ids = tiny_model(num_hidden_layers=4), random_tokens(batch=4, length=256)
+
+    def plain() -> None:
+        with torch.no_grad():
+            model.get_decoder()(input_ids=ids, use_cache=False)
+
+    plain()
+    collect(model, ids, moments=moments)
+    # Input, gate, up, hidden and output of every routed pair, in float32.
+    top_k = moe_layers(model)[0].router.top_k
+    layer_bytes = ids.numel() * top_k * (2 * model.config.hidden_size + 3 * WIDTH) * 4
+    extra = peak_bytes(lambda: collect(model, ids, moments=moments)) - peak_bytes(plain)
+    assert extra <= 2 * layer_bytes, extra / layer_bytes
 
 
 def test_router_probability_and_entropy_by_hand():

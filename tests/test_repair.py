@@ -78,6 +78,27 @@ def test_the_predicted_errors_are_those_of_the_activations():
     assert repair.error_after < repair.error_before
 
 
+@pytest.mark.parametrize(("rank", "mean"), [(4, 0.0), (8, 0.0), (8, 30.0)])
+def test_float32_grams_repair_as_well_as_float64_ones(rank, mean):
+    """Also where a mean shared by all channels dominates the Gram (its largest eigenvalue is nearly its trace)."""
+    generator, gates, down_nH, keep_n = make_expert(rank=rank, seed=2)
+    hidden_Tn = sample(1500, rank=rank, generator=generator, gates=gates) + mean
+    half_a, half_b = (half.T @ half for half in (hidden_Tn[::2], hidden_Tn[1::2]))
+    exact, rough = (
+        repaired_down_rows(
+            down_nH=down_nH, keep_n=keep_n, half_a=half_a.to(dtype), half_b=half_b.to(dtype), num_tokens=1500
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert exact.ridge is not None
+    assert rough.error_before == pytest.approx(exact.error_before, rel=1e-4)
+    errors = [
+        relative_error(one.down_rows.double(), hidden_Tn=hidden_Tn, down_nH=down_nH, keep_n=keep_n)
+        for one in (rough, exact)
+    ]
+    assert errors[0] <= 1.01 * errors[1] + 1e-6
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 8, 16, 32, 63])
 @pytest.mark.parametrize("rank", [8, 32, 256])
 def test_repair_never_hurts_an_expert_with_fewer_tokens_than_channels(num_tokens, rank):

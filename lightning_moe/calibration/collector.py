@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lightning_moe.calibration.measure import CountedTokens, LayerMeasurement, router_sums, weight_norms
+from lightning_moe.calibration.measure import CountedTokens, LayerMeasurement, OutputBuffer, router_sums, weight_norms
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
 from lightning_moe.models.discovery import MoeLayer, model_shape, moe_layers
 from lightning_moe.progress import hidden
@@ -57,6 +57,7 @@ class CalibrationCollector(LayerObserver):
         self._corpus: str | None = None
         self._mask: Tensor | None = None
         self._tokens: CountedTokens | None = None
+        self._outputs: OutputBuffer | None = None
         self._current: LayerMeasurement | None = None
         self._finite: list[tuple[int, Tensor]] = []
 
@@ -88,6 +89,7 @@ class CalibrationCollector(LayerObserver):
         """
         self._check_batch(corpus, attention_mask)
         self._corpus, self._mask, self._tokens, self._finite = corpus, attention_mask, None, []
+        self._outputs = OutputBuffer() if self.moments else None
         self._num_batches[corpus] = self._num_batches.get(corpus, 0) + 1
         self._sums.setdefault(corpus, [{} for _ in self.layers])
         try:
@@ -95,7 +97,7 @@ class CalibrationCollector(LayerObserver):
                 yield
             self._check_finite(corpus)
         finally:
-            self._corpus = self._mask = self._tokens = self._current = None
+            self._corpus = self._mask = self._tokens = self._outputs = self._current = None
 
     def statistics(self) -> CalibrationStatistics:
         """Everything that was added up so far.
@@ -127,7 +129,7 @@ class CalibrationCollector(LayerObserver):
     def run_experts(self, layer: MoeLayer, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Computes the experts and keeps what the end of the layer needs."""
         tokens = self._counted_tokens(layer, hidden_TH)
-        self._current = LayerMeasurement(layer.experts, tokens=tokens, moments=self.moments)
+        self._current = LayerMeasurement(layer.experts, tokens=tokens, outputs=self._outputs)
         return self._current.run(hidden_TH, index_TK, weights_TK)
 
     def end_layer(self, layer: MoeLayer, output_TH: Tensor) -> None:

@@ -15,6 +15,7 @@ from lightning_moe.calibration.collector import Batch, decoder_inputs
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
 from lightning_moe.calibration.routed import RoutedPairs, expert_passes, inverse_energy, sum_dtype
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
+from lightning_moe.models.products import product
 
 log = logging.getLogger(__name__)
 
@@ -159,10 +160,10 @@ class _GramObserver(LayerObserver):
             num_experts=num_experts,
             dtype=sum_dtype(hidden_TH.dtype),
         )
-        output_SH = hidden_TH.new_empty(len(self.pairs.key_S), hidden_TH.shape[-1])
-        passes = expert_passes(layer.experts, hidden_TH, pairs=self.pairs, output_SH=output_SH)
+        routed_TH = torch.zeros_like(hidden_TH, dtype=sum_dtype(hidden_TH.dtype))
+        passes = expert_passes(layer.experts, hidden_TH, pairs=self.pairs, routed_TH=routed_TH)
         self.hidden = {one.expert: one.hidden_Sn for one in passes}
-        return self.pairs.routing.combine(output_SH, weights_TK).to(hidden_TH.dtype)
+        return routed_TH.to(hidden_TH.dtype)
 
     def end_layer(self, layer: MoeLayer, output_TH: Tensor) -> None:
         """Adds this batch's Grams; ends the pass after its last layer."""
@@ -175,7 +176,7 @@ class _GramObserver(LayerObserver):
                 rows = self.pairs.class_rows(expert, half)
                 hidden_Sn = self.hidden[expert][rows.start - first : rows.stop - first]
                 weighted_Sn = hidden_Sn.to(root_S.dtype) * root_S[rows].unsqueeze(1)
-                halves[half][expert].addmm_(weighted_Sn.T, weighted_Sn)
+                halves[half][expert].add_(product(weighted_Sn.T, weighted_Sn))
         self.hidden = {}
         if layer is self.layers[-1]:
             raise _PassDone

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import expert_matrices, expert_widths
 from lightning_moe.models.grouped import Routing
+from lightning_moe.models.products import product
 
 # Added to ||y||^2 before dividing by it, as in paper A's loss.
 ENERGY_EPSILON = 1e-6
@@ -102,13 +103,6 @@ class RoutedPairs:
         bounds, start = self.routing.bounds, expert * self.num_classes
         return slice(bounds[start + first], bounds[start + last])
 
-    def by_token(self, value_SH: Tensor) -> Tensor:
-        """Sorted pairs back in the order of the tokens: `[S, H] -> [T, K, H]`."""
-        order_S = self.routing.order_S
-        inverse_S = torch.empty_like(order_S)
-        inverse_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        return value_SH.index_select(0, inverse_S).view(-1, self.top_k, value_SH.shape[-1])
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPass:
@@ -124,12 +118,13 @@ class ExpertPass:
 
 
 def expert_passes(
-    experts: nn.Module, hidden_TH: Tensor, *, pairs: RoutedPairs, output_SH: Tensor
+    experts: nn.Module, hidden_TH: Tensor, *, pairs: RoutedPairs, routed_TH: Tensor
 ) -> Iterator[ExpertPass]:
-    """Runs the experts on their pairs, writes their outputs (not yet weighted) into `output_SH`, and shows each.
+    """Runs the experts on their pairs, adds `g z` to `routed_TH` (in the type of the sums), and shows each expert.
 
-    The same few kernels an expert for stock experts, ChannelExperts and packed ones. An expert without pairs is
-    neither loaded nor shown; one with nothing but padding is not shown.
+    What belongs to one expert is used up before the next one, so it stays in the processor's cache. The same few
+    kernels an expert for stock experts, ChannelExperts and packed ones. An expert without pairs is neither loaded nor
+    shown; one with nothing but padding is not shown.
     """
     act_fn = experts.get_submodule("act_fn")
     for expert in range(len(expert_widths(experts))):
@@ -137,10 +132,12 @@ def expert_passes(
         if rows.start == rows.stop:
             continue
         gate_nH, up_nH, down_nH = expert_matrices(experts, expert, dtype=hidden_TH.dtype)
-        input_SH = hidden_TH.index_select(0, pairs.token_S[rows])
-        gate_Sn, up_Sn = input_SH @ gate_nH.T, input_SH @ up_nH.T
+        token_S = pairs.token_S[rows]
+        input_SH = hidden_TH.index_select(0, token_S)
+        gate_Sn, up_Sn = product(input_SH, gate_nH.T), product(input_SH, up_nH.T)
         hidden_Sn = act_fn(gate_Sn) * up_Sn
-        torch.mm(hidden_Sn, down_nH, out=output_SH[rows])
+        output_SH = product(hidden_Sn, down_nH)
+        routed_TH.index_add_(0, token_S, output_SH * pairs.gate_S[rows].unsqueeze(1))
         num = counted.stop - counted.start
         if num:
             yield ExpertPass(
@@ -150,5 +147,5 @@ def expert_passes(
                 gate_Sn=gate_Sn[:num],
                 up_Sn=up_Sn[:num],
                 hidden_Sn=hidden_Sn[:num],
-                output_SH=output_SH[counted],
+                output_SH=output_SH[:num],
             )

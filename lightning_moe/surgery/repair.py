@@ -172,13 +172,12 @@ def repaired_down_rows(
         num_tokens: tokens routed to the expert, both halves together.
         ridges: candidates, relative to the mean diagonal.
     """
-    keep_n = keep_n.to(down_nH.device)
-    kept_kH = down_nH[keep_n]
     if bool(keep_n.all()) or not bool(keep_n.any()):
-        return ExpertRepair(down_rows=kept_kH.cpu(), ridge=None, error_before=0.0, error_after=0.0)
-    dropped_dH = down_nH[~keep_n].double()
+        return ExpertRepair(down_rows=down_nH[keep_n].cpu(), ridge=None, error_before=0.0, error_after=0.0)
+    order_n = torch.cat([keep_n.nonzero(), (~keep_n).nonzero()]).flatten().to(half_a.device)
+    kept_kH, dropped_dH = down_nH.index_select(0, order_n).to(half_a.dtype).tensor_split([int(keep_n.sum())])
     weight_dd = dropped_dH @ dropped_dH.T
-    a, b = (_SplitGram.of(half, keep_n=keep_n) for half in (half_a, half_b))
+    a, b = (_SplitGram.of(half, order_n=order_n, num_kept=len(kept_kH)) for half in (half_a, half_b))
     fit_a, fit_b = (_RidgeFit(half, weight_dd=weight_dd, ridges=ridges) for half in (a, b))
     before_2 = torch.stack([half.unrepaired_error(weight_dd) for half in (a, b)])
     after_L2 = torch.stack([fit_b.errors_on(a), fit_a.errors_on(b)], dim=1)
@@ -187,10 +186,10 @@ def repaired_down_rows(
     best = _best_ridge(before_2, after_L2, allowed_L=allowed_L, num_tokens=num_tokens)
     if best is None:
         total = float(before_2.sum())
-        return ExpertRepair(down_rows=kept_kH.cpu(), ridge=None, error_before=total, error_after=total)
-    change_kH = _RidgeFit(a + b, weight_dd=weight_dd, ridges=ridges).solution(best) @ dropped_dH
+        return ExpertRepair(down_rows=down_nH[keep_n].cpu(), ridge=None, error_before=total, error_after=total)
+    rows_kH = kept_kH + (a + b).ridge_solution(ridges[best]) @ dropped_dH
     return ExpertRepair(
-        down_rows=(kept_kH.double() + change_kH).to(down_nH.dtype).cpu(),
+        down_rows=rows_kH.to(down_nH.dtype).cpu(),
         ridge=ridges[best],
         error_before=float(before_2.sum()),
         error_after=float(after_L2[best].sum()),
@@ -212,17 +211,17 @@ def _best_ridge(before_2: Tensor, after_L2: Tensor, *, allowed_L: Tensor, num_to
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _SplitGram:
-    """A Gram in float64, split into kept and dropped channels."""
+    """A Gram, split into kept and dropped channels."""
 
     kk: Tensor
     kd: Tensor
     dd: Tensor
 
     @classmethod
-    def of(cls, gram_nn: Tensor, *, keep_n: Tensor) -> "_SplitGram":
-        gram_nn = gram_nn.double()
-        kept_kn, dropped_dn = gram_nn[keep_n], gram_nn[~keep_n]
-        return cls(kk=kept_kn[:, keep_n], kd=kept_kn[:, ~keep_n], dd=dropped_dn[:, ~keep_n])
+    def of(cls, gram_nn: Tensor, *, order_n: Tensor, num_kept: int) -> "_SplitGram":
+        """`order_n` lists the kept channels, then the dropped ones."""
+        kept_kn, dropped_dn = gram_nn.index_select(0, order_n).index_select(1, order_n).tensor_split([num_kept])
+        return cls(kk=kept_kn[:, :num_kept], kd=kept_kn[:, num_kept:], dd=dropped_dn[:, num_kept:])
 
     def __add__(self, other: "_SplitGram") -> "_SplitGram":
         return _SplitGram(kk=self.kk + other.kk, kd=self.kd + other.kd, dd=self.dd + other.dd)
@@ -231,30 +230,37 @@ class _SplitGram:
         """`tr(W_d^T G_dd W_d)`."""
         return (self.dd * weight_dd).sum()
 
+    def ridge_strength(self, ridge: float) -> Tensor:
+        """`lambda m`."""
+        return ridge * self.kk.diagonal().mean().clamp_min(torch.finfo(self.kk.dtype).tiny)
+
+    def ridge_solution(self, ridge: float) -> Tensor:
+        """`S = (G_kk + lambda m I)^-1 G_kd` `[k, d]`, solved in float64."""
+        ridged_kk = self.kk.to(torch.float64, copy=True)
+        ridged_kk.diagonal().add_(self.ridge_strength(ridge))
+        return torch.cholesky_solve(self.kd.double(), torch.linalg.cholesky(ridged_kk)).to(self.kd.dtype)
+
 
 class _RidgeFit:
     """`S = (G_kk + lambda m I)^-1 G_kd` for all ridges from one eigendecomposition `G_kk = U diag(v) U^T`.
 
     With `P = U^T G_kd` and `s = 1 / (v + lambda m)` it is `S = U diag(s) P`, so the error `tr(D^T B D)` of the new rows
-    on any Gram B, `D = [S W_d; -W_d]`, is a quadratic in s: `s^T Q s - 2 r^T s + const`.
+    on any Gram B, `D = [S W_d; -W_d]`, is a quadratic in s: `s^T Q s - 2 r^T s + const`. In the Gram's own type: these
+    errors only choose between ridges, and a float32 Gram holds no more digits.
     """
 
     def __init__(self, gram: _SplitGram, *, weight_dd: Tensor, ridges: Sequence[float]) -> None:
         value_k, self.basis_kk = torch.linalg.eigh(gram.kk)
         self.projected_kd = self.basis_kk.T @ gram.kd
         self.weight_dd = weight_dd
-        ridge_L = torch.tensor(ridges, dtype=value_k.dtype, device=value_k.device)
-        mean = gram.kk.diagonal().mean().clamp_min(torch.finfo(value_k.dtype).tiny)
-        self.inverse_Lk = 1 / (value_k.clamp_min(0) + ridge_L.unsqueeze(1) * mean)
+        strength_L = torch.stack([gram.ridge_strength(ridge) for ridge in ridges])
+        self.inverse_Lk = 1 / (value_k.clamp_min(0) + strength_L.unsqueeze(1))
 
     def errors_on(self, gram: _SplitGram) -> Tensor:
         """Error of each ridge's rows on another Gram, `[L]`."""
-        weighted_kd = self.projected_kd @ self.weight_dd
-        quadratic_kk = (self.basis_kk.T @ gram.kk @ self.basis_kk) * (weighted_kd @ self.projected_kd.T)
-        linear_k = ((self.basis_kk.T @ gram.kd) * weighted_kd).sum(1)
+        basis_kk, weighted_kd = self.basis_kk, self.projected_kd @ self.weight_dd
+        turned_kk = basis_kk.T @ gram.kk @ basis_kk
+        quadratic_kk = turned_kk * (weighted_kd @ self.projected_kd.T)
+        linear_k = ((basis_kk.T @ gram.kd) * weighted_kd).sum(1)
         quadratic_L = ((self.inverse_Lk @ quadratic_kk) * self.inverse_Lk).sum(1)
         return quadratic_L - 2 * self.inverse_Lk @ linear_k + gram.unrepaired_error(self.weight_dd)
-
-    def solution(self, index: int) -> Tensor:
-        """`S [k, d]` of one ridge."""
-        return self.basis_kk @ (self.inverse_Lk[index].unsqueeze(1) * self.projected_kd)
