@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from dora_reference import PerExpertLinears, adapted, channel_experts, routed_input
+from dora_reference import SIDES, PerExpertLinears, adapted, channel_experts, routed_input
 from peft import LoraConfig
 from torch import nn
 
 from lightning_moe.adapters import DoraExperts, cut_dora_experts
-from lightning_moe.adapters.functional import RowBlock, adapted_norm, adapted_weight, dora_grouped_matmul, squared_norms
-from lightning_moe.models.channel_experts import DenseRows
+from lightning_moe.adapters.functional import adapted_norm, adapted_weight, squared_norms
 from lightning_moe.surgery.cut import select_rows
 
 # Two experts of width 16, two of 48, one of 32, one of width 0 and one (index 6) that gets no token.
@@ -16,7 +15,7 @@ WIDTHS = [48, 16, 32, 0, 16, 48, 32]
 HIT = [0, 1, 2, 4, 5]
 
 
-@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("use_dora", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
 def test_outputs_and_all_gradients_equal_stock_peft(packed: bool, use_dora: bool, rank: int) -> None:
@@ -91,38 +90,27 @@ def test_disabled_adapter_is_the_base() -> None:
 def test_closed_form_norm_equals_the_dense_one() -> None:
     torch.manual_seed(0)
     weight_Goi, A, B = torch.randn(3, 16, 64), torch.randn(3, 4, 64), torch.randn(3, 16, 4)
-    closed = adapted_norm(weight_Goi.transpose(1, 2), A, B, weight_Goi.pow(2).sum(-1), 1.7)
+    closed = adapted_norm(A @ weight_Goi.transpose(1, 2), A, B, weight_Goi.pow(2).sum(-1), 1.7)
     torch.testing.assert_close(closed, (weight_Goi + 1.7 * B @ A).norm(dim=-1), rtol=1e-5, atol=1e-5)
 
 
-def test_function_equals_autograd_of_the_dense_formula_in_float64() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = DenseRows(torch.randn(24, 10, generator=generator, dtype=torch.float64)).requires_grad_(False)
-    for rows_are_outputs, (inputs, outputs) in ((True, (10, 12)), (False, (12, 10))):
-        block = RowBlock(storage=rows, start=0, num_experts=2, width=12, rows_are_outputs=rows_are_outputs)
-        shapes = ((7, inputs), (2, 3, inputs), (2, outputs, 3), (2, outputs))
-        x, A, B, m = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
-        base_sq = block.orient(block.load(torch.float64)).pow(2).sum(1)
-        y = dora_grouped_matmul(x, A, B, m, base_sq, block, (0, 4, 7), 1.3)
-        weight_Goi = block.orient(block.load(torch.float64)).transpose(1, 2)
-        dense = adapted_weight(weight_Goi, A, B, m, 1.3)
-        expected = torch.cat([x[:4] @ dense[0].T, x[4:] @ dense[1].T])
-        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-        grad = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-        mine = torch.autograd.grad(y, (x, A, B, m), grad)
-        theirs = torch.autograd.grad(expected, (x, A, B, m), grad)
-        for gradient, other in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-10)
+def test_layer_equals_autograd_of_the_dense_formula_in_float64() -> None:
+    layer = adapted(channel_experts([16, 16, 48, 0])).double()
+    hidden_TH, index_TK, weights_TK = routed_input(20, layer.experts, hit=[0, 1, 2])
+    leaves = [hidden_TH.double().requires_grad_(), weights_TK.double().requires_grad_()]
+    leaves += list(layer.adapter_parameters("default").values())
+    output_TH = layer(leaves[0], index_TK, leaves[1])
+    expected_TH = _dense_output(layer, leaves[0], index_TK, leaves[1])
+    torch.testing.assert_close(output_TH, expected_TH, rtol=1e-12, atol=1e-12)
+    grad_TH = torch.randn(output_TH.shape, dtype=torch.float64)
+    mine, theirs = (torch.autograd.grad(output, leaves, grad_TH) for output in (output_TH, expected_TH))
+    for gradient, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-10)
 
 
 def test_squared_norms_by_hand() -> None:
-    # Rows (3, 4) and (0, 2): row norms 25 and 4; column norms 9 and 16 + 4 = 20.
-    rows = DenseRows(torch.tensor([[3.0, 4.0], [0.0, 2.0]])).requires_grad_(False)
-    block = {
-        side: RowBlock(storage=rows, start=0, num_experts=1, width=2, rows_are_outputs=side) for side in (True, False)
-    }
-    assert squared_norms(block[True]).tolist() == [[25.0, 4.0]]
-    assert squared_norms(block[False]).tolist() == [[9.0, 20.0]]
+    # Inputs (3, 4) and (0, 2): each output's column has 9 and 16 + 4 = 20.
+    assert squared_norms(torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])).tolist() == [[9.0, 20.0]]
 
 
 def test_a_row_of_zeros_gives_zeros_and_finite_gradients() -> None:
@@ -252,6 +240,25 @@ def _masked_output(
         token, position = torch.where(index_TK == expert)
         channels_Sn = nn.functional.silu(hidden_TH[token] @ gate_nH.T) * (hidden_TH[token] @ up_nH.T) * keep
         output_TH.index_add_(0, token, channels_Sn @ down_nH * weights_TK[token, position, None])
+    return output_TH
+
+
+def _dense_output(
+    layer: DoraExperts, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """The adapted layer with dense adapted weights `[o, i]`, expert by expert; differentiable by autograd."""
+    output_TH = torch.zeros_like(hidden_TH)
+    for group, tensors in layer.group_parameters("default"):
+        for g in range(group.num_experts if group.width else 0):
+            matrices = {}
+            for side in SIDES:
+                weight_oi = layer.group_weight(group, side)[g].T
+                A, B, m = (tensors[f"lora_{kind}_{side}"][g] for kind in ("A", "B", "magnitude"))
+                matrices[side] = adapted_weight(weight_oi, A, B, m, layer.scaling["default"])
+            token, position = torch.where(index_TK == layer.experts.slot_order[group.first_slot + g])
+            gate_Sn, up_Sn = (hidden_TH[token] @ matrices[side].T for side in ("gate", "up"))
+            output_SH = (layer.experts.act_fn(gate_Sn) * up_Sn) @ matrices["down"].T
+            output_TH = output_TH.index_add(0, token, output_SH * weights_TK[token, position, None])
     return output_TH
 
 

@@ -12,15 +12,11 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from lightning_moe.adapters.functional import RowBlock, adapted_norm, adapted_weight, dora_grouped_matmul, squared_norms
-from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows, WidthGroup
-from lightning_moe.models.grouped import Routing
-
-SIDES = ("gate", "up", "down")
-# Tensors with one entry per channel; the others have one per expert.
-PER_CHANNEL = frozenset(
-    {"lora_A_down", *(f"{kind}_{side}" for kind in ("lora_B", "lora_magnitude", "base_sq") for side in ("gate", "up"))}
-)
+from lightning_moe.adapters.functional import adapted_norm, adapted_weight, squared_norms
+from lightning_moe.adapters.norms import NormCache, versions, weights_key
+from lightning_moe.adapters.step import PER_CHANNEL, SIDES, Call, Piece, adapted_experts
+from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows
+from lightning_moe.models.grouped import Routing, WidthGroup, expert_runs
 
 
 class DoraExperts(nn.Module, LoraLayer):
@@ -31,6 +27,11 @@ class DoraExperts(nn.Module, LoraLayer):
     (A transposed), `lora_B_down` [E, H, r], `lora_magnitude_gate`, `lora_magnitude_up` [C], `lora_magnitude_down`
     [E, H]. B starts at 0 and the magnitudes at the norms of the base: the start is the identity. The rank is one number
     for all experts; where an expert has fewer channels than that, its down adapter is just full rank.
+
+    The norms of DoRA are computed once per optimizer step, however many micro-batches, recomputations under gradient
+    checkpointing or generated tokens there are, and only of experts that get tokens. They follow optimizer steps,
+    changes in place, loading, replacement, and a switch between `train()` and `eval()`; a write through `.data` between
+    two forwards without any of these is not seen.
 
     Args:
         base_layer: the frozen experts, dense or packed.
@@ -66,8 +67,8 @@ class DoraExperts(nn.Module, LoraLayer):
             self.add_module(name, nn.ParameterDict())
         for side in SIDES:
             self.register_buffer(f"base_sq_{side}", None, persistent=False)
-        self.refresh_base_norms()
-        self.register_load_state_dict_post_hook(_refresh_after_load)
+        self._base_key: object = None
+        self._norms: dict[str, NormCache] = {}
         self.update_layer(adapter_name, r, lora_alpha, config)
 
     @property
@@ -89,6 +90,7 @@ class DoraExperts(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _initial_parameters(self, r: int, *, use_dora: bool) -> dict[str, Tensor]:
+        self._refresh_base_norms()
         experts, device = self.experts, self.base_sq("gate").device
         num_experts, num_channels, hidden = experts.num_experts, sum(experts.widths), experts.hidden_size
         width_C = torch.cat([torch.full((experts.widths[e],), experts.widths[e]) for e in experts.slot_order]).to(
@@ -109,23 +111,29 @@ class DoraExperts(nn.Module, LoraLayer):
         """Squared norms of the base's outputs in fp32: `[C]` for gate and up, `[E, H]` for down."""
         return self.get_buffer(f"base_sq_{side}")
 
-    def refresh_base_norms(self) -> None:
-        """Recomputes the squared norms, width by width; needed whenever the base changes."""
+    def _refresh_base_norms(self) -> None:
+        """Computes the squared norms, width by width, where the base has changed since (loaded, replaced, cast)."""
+        key = versions(self.experts.state_dict(keep_vars=True))
+        if key == self._base_key:
+            return
         for side in SIDES:
-            blocks = [squared_norms(self.block(group, side)) for group in self.experts.groups]
-            joined = torch.cat([block if side == "down" else block.reshape(-1) for block in blocks])
+            norms = [squared_norms(self.group_weight(group, side)) for group in self.experts.groups]
+            joined = torch.cat([norm if side == "down" else norm.reshape(-1) for norm in norms])
             setattr(self, f"base_sq_{side}", joined)
+        self._base_key = key
 
-    def block(self, group: WidthGroup, side: str) -> RowBlock:
-        """The base rows of one projection of one width."""
-        return RowBlock(
-            storage=self.experts.projection(PROJECTIONS[SIDES.index(side)]),
-            start=group.first_row,
-            num_experts=group.num_experts,
-            width=group.width,
-            rows_are_outputs=side != "down",
-        )
+    def load_weight(self, rows: slice, num_experts: int, side: str, dtype: torch.dtype) -> Tensor:
+        """Frozen rows of a few experts of one width as matrices `[G, i, o]`, dequantised where they are packed."""
+        storage = self.experts.projection(PROJECTIONS[SIDES.index(side)])
+        rows_GnH = storage.rows(rows.start, rows.stop, dtype).detach().view(num_experts, -1, storage.shape[1])
+        return rows_GnH if side == "down" else rows_GnH.transpose(1, 2)
 
+    def group_weight(self, group: WidthGroup, side: str) -> Tensor:
+        """`load_weight` of all experts of a width, in fp32 (fp64 where the base is)."""
+        dtype = torch.promote_types(next(self.experts.parameters()).dtype, torch.float32)
+        return self.load_weight(slice(group.first_row, group.last_row), group.num_experts, side, dtype)
+
+    @torch.compiler.disable(reason="runs of experts depend on the routing, and backward is written by hand")
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden [T, H], index [T, K], weights [T, K] -> [T, H]`; under autocast in its type."""
         adapter = self.adapter_in_use()
@@ -134,29 +142,42 @@ class DoraExperts(nn.Module, LoraLayer):
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         with torch.autocast(device, enabled=False):
-            routing = Routing.sort(self.experts.slots(top_k_index), num_slots=self.experts.num_experts)
-            input_SH = hidden_states.to(dtype)[routing.token_S]
-            pieces = []
-            for group, tensors in self.group_parameters(adapter):
-                bounds = routing.bounds[group.first_slot : group.first_slot + group.num_experts + 1]
-                if bounds[0] < bounds[-1]:
-                    local = tuple(bound - bounds[0] for bound in bounds)
-                    pieces.append(self._group_output(group, tensors, input_SH[bounds[0] : bounds[-1]], local, adapter))
-            return routing.combine(torch.cat(pieces) if pieces else input_SH, top_k_weights).to(hidden_states.dtype)
+            call = self._call(adapter, self.experts.slots(top_k_index), dtype)
+            return adapted_experts(call, hidden_states, top_k_weights, self.adapter_parameters(adapter))
 
-    def _group_output(
-        self, group: WidthGroup, tensors: dict[str, Tensor], input_SH: Tensor, bounds: tuple[int, ...], adapter: str
-    ) -> Tensor:
-        if group.width == 0:
-            return torch.zeros_like(input_SH)
+    def _call(self, adapter: str, slot_TK: Tensor, dtype: torch.dtype) -> Call:
+        experts = self.experts
+        routing = Routing.sort(slot_TK, num_slots=experts.num_experts)
+        return Call(
+            routing=routing,
+            slot_S=slot_TK.reshape(-1)[routing.order_S],
+            pieces=list(self._pieces(routing.bounds, slot_TK.device)),
+            names=tuple(self.adapter_parameters(adapter)),
+            scaling=self.scaling[adapter],
+            dtype=dtype,
+            act_fn=experts.act_fn,
+            load_Gio=lambda piece, side, dtype: self.load_weight(piece.rows, len(piece.experts), side, dtype),
+            norms=self._current_norms(adapter, dtype),
+            base_sq={side: self.base_sq(side) for side in SIDES},
+        )
 
-        def project(side: str, value: Tensor) -> Tensor:
-            A, B = tensors[f"lora_A_{side}"], tensors[f"lora_B_{side}"]
-            magnitude, base_sq = (tensors.get(f"{kind}_{side}") for kind in ("lora_magnitude", "base_sq"))
-            block = self.block(group, side)
-            return dora_grouped_matmul(value, A, B, magnitude, base_sq, block, bounds, self.scaling[adapter])
+    def _pieces(self, bounds: tuple[int, ...], device: torch.device) -> Iterator[Piece]:
+        experts = self.experts
+        for group in experts.groups:
+            if group.width:
+                local = bounds[group.first_slot : group.first_slot + group.num_experts + 1]
+                runs = expert_runs(group, local, hidden_size=experts.hidden_size, packed=experts.packed, device=device)
+                yield from (Piece.of_run(group, run) for run in runs)
 
-        return project("down", self.experts.act_fn(project("gate", input_SH)) * project("up", input_SH))
+    def _current_norms(self, adapter: str, dtype: torch.dtype) -> NormCache:
+        """The adapter's norms, emptied where A, B or the base may have changed."""
+        self._refresh_base_norms()
+        parameters = self.adapter_parameters(adapter)
+        low_rank = {name: value for name, value in parameters.items() if "magnitude" not in name}
+        norms = self._norms.setdefault(adapter, NormCache())
+        key = (dtype, self.training, self._base_key, weights_key(low_rank))
+        norms.prepare(key=key, like={side: self.base_sq(side) for side in SIDES})
+        return norms
 
     def group_parameters(self, adapter: str) -> Iterator[tuple[WidthGroup, dict[str, Tensor]]]:
         """Each width with its parts of every parameter: A `[G, r, i]`, B `[G, o, r]`, magnitudes and norms `[G, o]`.
@@ -213,11 +234,10 @@ class DoraExperts(nn.Module, LoraLayer):
         """`||W + s B A||` of the down projections' outputs: `[E, H]`, in storage order."""
         norms = []
         for group, tensors in self.group_parameters(adapter):
-            block = self.block(group, "down")
-            weight_Gio = block.orient(block.load(torch.float32))
+            weight_Gio = self.group_weight(group, "down")
             A, B = tensors["lora_A_down"], tensors["lora_B_down"]
-            base_sq = squared_norms(block)
-            norms.append(adapted_norm(weight_Gio, A, B, base_sq, self.scaling[adapter]))
+            base_sq = squared_norms(weight_Gio)
+            norms.append(adapted_norm(torch.bmm(A, weight_Gio), A, B, base_sq, self.scaling[adapter]))
         return torch.cat(norms)
 
     def rebuilt(self, base: ChannelExperts, adapter: str) -> "DoraExperts":
@@ -233,11 +253,10 @@ class DoraExperts(nn.Module, LoraLayer):
         merged: dict[str, list[Tensor]] = {side: [] for side in SIDES}
         for group, tensors in self.group_parameters(adapter) if adapter is not None else ():
             for side in SIDES:
-                block = self.block(group, side)
                 A, B, m = tensors[f"lora_A_{side}"], tensors[f"lora_B_{side}"], tensors.get(f"lora_magnitude_{side}")
-                weight_Goi = block.orient(block.load(torch.float32)).transpose(1, 2)
+                weight_Goi = self.group_weight(group, side).transpose(1, 2)
                 weight_Goi = adapted_weight(weight_Goi, A, B, m, self.scaling[adapter or ""]).detach().to(dtype)
-                rows_GnH = block.orient(weight_Goi.transpose(1, 2))
+                rows_GnH = weight_Goi.transpose(1, 2) if side == "down" else weight_Goi
                 merged[side].append(rows_GnH.reshape(-1, experts.hidden_size))
         dense = ChannelExperts(
             widths=experts.widths, hidden_size=experts.hidden_size, act_fn=experts.act_fn, rows=lambda *_: nn.Identity()
@@ -255,12 +274,6 @@ class DoraExperts(nn.Module, LoraLayer):
             ValueError: always; `lightning_moe.adapters.merge_adapters` dequantises first and is exact.
         """
         raise ValueError("Merge with `lightning_moe.adapters.merge_adapters(model, dtype=...)`: it dequantises first.")
-
-
-def _refresh_after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    """The base may have been loaded with the adapter."""
-    assert isinstance(module, DoraExperts)
-    module.refresh_base_norms()
 
 
 def _uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -1,77 +1,68 @@
-"""DoRA on the rows of one width group, as one differentiable grouped product.
+"""DoRA on one projection of a few experts of equal width: plain functions on tensors, backward by hand.
 
-For one expert with weight W [o, i], adapter A [r, i], B [o, r], magnitude m [o] and scaling s (Liu et al. 2024, DoRA;
-method.md section 6), `y = m / ||W + s B A||_row * (x W^T + s (x A^T) B^T)`, where the norm is a constant in backward.
+One expert (Liu et al. 2024, DoRA; method.md section 6), with frozen weight W [o, i], A [r, i], B [o, r], scaling s, and
+`scale = m / ||W + s B A||_row`, whose norm is a constant in backward:
 
-S routed pairs sorted by expert, G experts of equal width n, H hidden, r rank; i and o are the input and output sizes of
-the projection (H and n for gate and up, n and H for down).
+    y = scale * (x W^T + s (x A^T) B^T)                              dm = sum_S(g * y) / m
+    with u = scale * g:   dx = u W + s (u B) A,   dA = s (u B)^T x,   dB = s u^T (x A^T)
+
+Outputs are scaled, not weights: S o numbers rather than i o. Where products are done in 16 bit their results are scaled
+in 32, as PEFT does, so that a change of m by a thousandth is not lost.
+
+S routed pairs sorted by expert, G experts, r rank, i and o inputs and outputs of the projection (H and n for gate and
+up, n and H for down). `bounds [G + 1]` are the offsets of the experts' pairs in S.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_moe.models.channel_experts import RowStorage
 from lightning_moe.models.grouped import grouped_matmul, grouped_outer
+from lightning_moe.models.products import product, product_pays
 
-# Left operand of a sum over tokens: eight columns keep the rows 16 bytes wide in every type.
-_ONES_WIDTH = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowBlock:
-    """The frozen rows `[G, n, H]` of the experts of one width, read (and dequantised) anew each time.
-
-    Args:
-        storage: dense or packed rows of the whole layer.
-        start: first row of the block.
-        num_experts: G.
-        width: n.
-        rows_are_outputs: rows are output channels (gate, up); otherwise they are input channels (down).
-    """
-
-    storage: RowStorage
-    start: int
-    num_experts: int
-    width: int
-    rows_are_outputs: bool
-
-    def load(self, dtype: torch.dtype) -> Tensor:
-        """Rows `[G, n, H]`: a view of the storage where that is dense and of this type."""
-        stop = self.start + self.num_experts * self.width
-        return self.storage.rows(self.start, stop, dtype).view(self.num_experts, self.width, self.storage.shape[1])
-
-    def orient(self, rows_GnH: Tensor) -> Tensor:
-        """The same rows as matrices `[G, i, o]` (a view)."""
-        return rows_GnH.transpose(1, 2) if self.rows_are_outputs else rows_GnH
-
-    def load_scaled(self, dtype: torch.dtype, scale_Go: Tensor | None) -> Tensor:
-        """The matrices `[G, i, o]` with every output multiplied by its scale, which is done in 32 bit."""
-        if scale_Go is None:
-            return self.orient(self.load(dtype))
-        return self.orient(self.scale(self.load(_at_least_fp32(dtype)), scale_Go)).to(dtype)
-
-    def scale(self, rows_GnH: Tensor, scale_Go: Tensor) -> Tensor:
-        """Loaded rows with every output multiplied by its scale; in place where they were made by dequantising."""
-        factor = scale_Go.unsqueeze(-1 if self.rows_are_outputs else 1)
-        return rows_GnH.mul_(factor) if self.storage.packed else rows_GnH * factor
+# Left operand of a sum over pairs: eight columns keep the rows 16 bytes wide in every type.
+_SUM_WIDTH = 8
+# Up to here copying the rows of a product costs less than a second product.
+_FEW_ROWS = 64
 
 
-def squared_norms(block: RowBlock) -> Tensor:
-    """`||W_o||^2` over the inputs: fp32 `[G, o]`."""
-    return block.orient(block.load(torch.float32).detach()).pow(2).sum(1)
+class LowRank(NamedTuple):
+    """The adapter of a projection; plain LoRA has no magnitude."""
+
+    A_Gri: Tensor
+    B_Gor: Tensor
+    magnitude_Go: Tensor | None
 
 
-def adapted_norm(weight_Gio: Tensor, A_Gri: Tensor, B_Gor: Tensor, base_sq_Go: Tensor, scaling: float) -> Tensor:
-    """`||W + s B A||` of every output without a dense `B A`: `[G, o]`.
+class Gradients(NamedTuple):
+    """Where the gradients of a `LowRank` are written; None is frozen."""
+
+    A_Gri: Tensor | None
+    B_Gor: Tensor | None
+    magnitude_Go: Tensor | None
+
+
+class Projected(NamedTuple):
+    """What backward needs of a projection: its outputs, `x A^T`, and the scale (None: plain LoRA)."""
+
+    output_So: Tensor
+    reduced_Sr: Tensor
+    scale_Go: Tensor | None
+
+
+def squared_norms(weight_Gio: Tensor) -> Tensor:
+    """`||W_o||^2` over the inputs: `[G, o]`."""
+    return weight_Gio.pow(2).sum(1)
+
+
+def adapted_norm(product_Gro: Tensor, A_Gri: Tensor, B_Gor: Tensor, base_sq_Go: Tensor, scaling: float) -> Tensor:
+    """`||W + s B A||` of every output from `A W^T`, without a dense `B A`: `[G, o]`.
 
     `||W_o + s (BA)_o||^2 = ||W_o||^2 + 2 s (W A^T)_o . B_o + s^2 B_o (A A^T) B_o^T`, method.md section 6.
     """
-    product_Gor = torch.bmm(A_Gri.to(weight_Gio.dtype), weight_Gio).transpose(1, 2).to(B_Gor.dtype)
     gram_Grr = A_Gri @ A_Gri.transpose(1, 2)
-    cross_Go = (product_Gor * B_Gor).sum(-1)
+    cross_Go = (product_Gro.to(B_Gor.dtype).transpose(1, 2) * B_Gor).sum(-1)
     square_Go = ((B_Gor @ gram_Grr) * B_Gor).sum(-1)
     return (base_sq_Go + 2 * scaling * cross_Go + scaling**2 * square_Go).clamp_min(0).sqrt()
 
@@ -92,86 +83,128 @@ def safe_norm(norm: Tensor) -> Tensor:
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-class DoraGroupedMatmul(torch.autograd.Function):
-    """`[S, i] -> [S, o]` through the adapted weights of the G experts of one block.
+def frozen_products(
+    input_Si: Tensor, weight_Gio: Tensor, A_Gri: Tensor | None, bounds: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """`x W^T [S, o]` and, where A is given, `A W^T [G, r, o]` for the norm.
 
-    The rows are dequantised in forward and again in backward; nothing dense is kept. The scale `m / norm` is folded
-    into the weight (n H numbers an expert) rather than applied to the outputs (o numbers a token), in 32 bit, because
-    in 16 bit `W (1 + 0.001)` rounds back to W. Adding `s B A` to the loaded rows as well was measured: 3 to 8 % faster
-    with a thousand tokens an expert, 25 % slower with 32, and in 16 bit it would lose small updates to rounding. So the
-    low-rank path stays separate.
+    A few rows of one expert and its A are one product where oneDNN does both, since its cost is reading W: 15 % less
+    than two with 32 rows each. A row's sums are the same either way: outputs do not depend on whether norms were known.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input_Si: Tensor,
-        A_Gri: Tensor,
-        B_Gor: Tensor,
-        magnitude_Go: Tensor | None,
-        base_sq_Go: Tensor | None,
-        block: RowBlock,
-        bounds: tuple[int, ...],
-        scaling: float,
-    ) -> Tensor:
-        """`bounds [G + 1]` are the offsets of the experts in S; `magnitude_Go = None` is plain LoRA."""
-        dtype = input_Si.dtype
-        ctx.block, ctx.bounds, ctx.scaling = block, bounds, scaling
-        rows_GnH = block.load(dtype if magnitude_Go is None else _at_least_fp32(dtype))
-        scaled_B, scale_Go = scaling * B_Gor, None
-        if magnitude_Go is not None and base_sq_Go is not None:
-            norm_Go = adapted_norm(block.orient(rows_GnH).to(dtype), A_Gri, B_Gor, base_sq_Go, scaling)
-            scale_Go = magnitude_Go / safe_norm(norm_Go)
-            rows_GnH, scaled_B = block.scale(rows_GnH, scale_Go), scaled_B * scale_Go.unsqueeze(-1)
-        reduced_Sr = grouped_matmul(input_Si, A_Gri.to(dtype).transpose(1, 2), bounds)
-        output_So = grouped_matmul(input_Si, block.orient(rows_GnH).to(dtype), bounds)
-        output_So.add_(grouped_matmul(reduced_Sr, scaled_B.to(dtype).transpose(1, 2), bounds))
-        ctx.save_for_backward(input_Si, A_Gri, B_Gor, magnitude_Go, scale_Go, reduced_Sr, output_So)
-        return output_So
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of input, A, B and magnitude; the base and the norm have none."""
-        input_Si, A_Gri, B_Gor, magnitude_Go, scale_Go, reduced_Sr, output_So = ctx.saved_tensors
-        grad_So, bounds, dtype = grads[0].contiguous(), ctx.bounds, input_Si.dtype
-        factor_Go1 = ctx.scaling if scale_Go is None else ctx.scaling * scale_Go.unsqueeze(-1)
-        grad_reduced_Sr = grouped_matmul(grad_So, (B_Gor * factor_Go1).to(dtype), bounds)
-        grad_A = grad_B = grad_magnitude = grad_input = None
-        if ctx.needs_input_grad[1]:
-            grad_A = grouped_outer(grad_reduced_Sr, input_Si, bounds).to(A_Gri.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_B = grouped_outer(grad_So, reduced_Sr, bounds).to(B_Gor.dtype) * factor_Go1
-        if magnitude_Go is not None and ctx.needs_input_grad[3]:
-            grad_magnitude = _sum_by_expert(grad_So * output_So, bounds).to(magnitude_Go.dtype)
-            grad_magnitude = grad_magnitude / magnitude_Go.masked_fill(magnitude_Go == 0, 1)
-        if ctx.needs_input_grad[0]:
-            weight_Goi = ctx.block.load_scaled(dtype, scale_Go).transpose(1, 2)
-            grad_input = grouped_matmul(grad_So, weight_Goi, bounds)
-            grad_input.add_(grouped_matmul(grad_reduced_Sr, A_Gri.to(dtype), bounds))
-        return grad_input, grad_A, grad_B, grad_magnitude, None, None, None, None
+    if A_Gri is None:
+        return grouped_matmul(input_Si, weight_Gio, bounds), None
+    A_Gri = A_Gri.to(input_Si.dtype)
+    if len(bounds) == 2 and len(input_Si) <= _FEW_ROWS and _onednn_does(input_Si, A_Gri[0], weight_Gio[0]):
+        joined = product(torch.cat([input_Si, A_Gri[0]]), weight_Gio[0])
+        # The outputs are kept for backward: copied, so that the rest is not.
+        return joined[: len(input_Si)].clone(), joined[len(input_Si) :].unsqueeze(0)
+    each_A = tuple(range(0, A_Gri.shape[0] * A_Gri.shape[1] + 1, A_Gri.shape[1]))
+    product_Ro = grouped_matmul(A_Gri.flatten(0, 1), weight_Gio, each_A)
+    return grouped_matmul(input_Si, weight_Gio, bounds), product_Ro.view(*A_Gri.shape[:2], -1)
 
 
-def dora_grouped_matmul(
+def project(
     input_Si: Tensor,
-    A_Gri: Tensor,
-    B_Gor: Tensor,
-    magnitude_Go: Tensor | None,
-    base_sq_Go: Tensor | None,
-    block: RowBlock,
-    bounds: tuple[int, ...],
+    frozen_So: Tensor,
+    adapter: LowRank,
+    scale_Go: Tensor | None,
+    *,
     scaling: float,
-) -> Tensor:
-    """`DoraGroupedMatmul` as a typed function."""
-    arguments = (input_Si, A_Gri, B_Gor, magnitude_Go, base_sq_Go, block, bounds, scaling)
-    return DoraGroupedMatmul.apply(*arguments)  # pyright: ignore[reportReturnType]
+    bounds: tuple[int, ...],
+    expert_S: Tensor | None,
+) -> Projected:
+    """`y` of the module's description; scaled outputs are at least 32 bit, plain LoRA's have the input's type.
+
+    Args:
+        input_Si: x.
+        frozen_So: `x W^T`; it is overwritten.
+        adapter: A and B.
+        scale_Go: `m / norm`.
+        scaling: s.
+        bounds: of the experts' pairs.
+        expert_S: expert of each pair; None where G is 1.
+    """
+    dtype = input_Si.dtype
+    reduced_Sr = grouped_matmul(input_Si, adapter.A_Gri.to(dtype).transpose(1, 2), bounds)
+    low_rank_So = grouped_matmul(reduced_Sr, adapter.B_Gor.to(dtype).transpose(1, 2), bounds)
+    output_So = frozen_So.add_(low_rank_So, alpha=scaling)
+    if scale_Go is not None:
+        output_So = output_So.to(scale_Go.dtype).mul_(_per_pair(scale_Go, expert_S))
+    return Projected(output_So, reduced_Sr, scale_Go)
 
 
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def pull_back(
+    grad_So: Tensor,
+    weight_Gio: Tensor | None,
+    adapter: LowRank,
+    *,
+    scaling: float,
+    bounds: tuple[int, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """`s u B [S, r]` and `u W + s u B A [S, i]` of `u`, the scaled gradient; the latter only where W is given."""
+    grad_reduced_Sr = grouped_matmul(grad_So, adapter.B_Gor.to(grad_So.dtype), bounds).mul_(scaling)
+    if weight_Gio is None:
+        return grad_reduced_Sr, None
+    grad_Si = grouped_matmul(grad_So, weight_Gio.transpose(1, 2), bounds)
+    return grad_reduced_Sr, grad_Si.add_(grouped_matmul(grad_reduced_Sr, adapter.A_Gri.to(grad_So.dtype), bounds))
 
 
-def _sum_by_expert(value_So: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """Sum over each expert's own pairs: `[S, o] -> [G, o]`."""
+def scaled_gradient(grad_So: Tensor, scale_Go: Tensor | None, expert_S: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    """`u = scale * g` in the type of the products; `g` is not changed."""
+    if scale_Go is None:
+        return grad_So.to(dtype)
+    return (grad_So * _per_pair(scale_Go, expert_S)).to(dtype)
+
+
+def write_low_rank_gradients(
+    into: Gradients,
+    input_Si: Tensor,
+    reduced_Sr: Tensor,
+    grad_So: Tensor,
+    grad_reduced_Sr: Tensor,
+    bounds: tuple[int, ...],
+) -> None:
+    """`dA = (s u B)^T x` and `dB = u^T (s x A^T)`, where `reduced_Sr` is `s x A^T` and `grad_So` is u."""
+    if into.A_Gri is not None:
+        into.A_Gri.copy_(_outer(grad_reduced_Sr, input_Si, bounds))
+    if into.B_Gor is not None:
+        into.B_Gor.copy_(_outer(reduced_Sr, grad_So, bounds).transpose(1, 2))
+
+
+def write_magnitude_gradient(
+    into: Gradients,
+    adapter: LowRank,
+    grad_So: Tensor,
+    output_So: Tensor,
+    weight_S: Tensor | None,
+    bounds: tuple[int, ...],
+) -> None:
+    """`dm = sum_S(w g y) / m`; 0 where m is 0."""
+    if into.magnitude_Go is not None and adapter.magnitude_Go is not None:
+        magnitude_Go = adapter.magnitude_Go
+        sum_Go = _sum_by_expert(grad_So * output_So, weight_S, bounds, output_So.dtype)
+        into.magnitude_Go.copy_(sum_Go / magnitude_Go.masked_fill(magnitude_Go == 0, 1))
+
+
+def _per_pair(value_Go: Tensor, expert_S: Tensor | None) -> Tensor:
+    """Each pair's row of a value per expert: `[S, o]`, or `[1, o]` of the only one."""
+    return value_Go if expert_S is None else value_Go.index_select(0, expert_S)
+
+
+def _onednn_does(input_Si: Tensor, A_ri: Tensor, weight_io: Tensor) -> bool:
+    return product_pays(input_Si, weight_io) and product_pays(A_ri, weight_io)
+
+
+def _outer(thin_Sr: Tensor, wide_Sn: Tensor, bounds: tuple[int, ...]) -> Tensor:
+    """`[G, r, n]`; the thin side is the rows, as few rows of long sums are what a matrix product does best."""
     if len(bounds) == 2:
-        return value_So.sum(0, keepdim=True)
-    return grouped_outer(value_So.new_ones(len(value_So), _ONES_WIDTH), value_So, bounds)[:, 0]
+        return product(thin_Sr.T, wide_Sn).unsqueeze(0)
+    return grouped_outer(thin_Sr, wide_Sn, bounds)
+
+
+def _sum_by_expert(value_So: Tensor, weight_S: Tensor | None, bounds: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """(Weighted) sum over each expert's own pairs: `[S, o] -> [G, o]`; several experts as a product of that type."""
+    if len(bounds) == 2:
+        return value_So.sum(0, keepdim=True) if weight_S is None else weight_S[None] @ value_So
+    left_S = torch.ones_like(value_So[:, 0], dtype=dtype) if weight_S is None else weight_S.to(dtype)
+    return grouped_outer(left_S.unsqueeze(1).repeat(1, _SUM_WIDTH), value_So.to(dtype), bounds)[:, 0]

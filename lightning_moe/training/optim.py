@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 ScheduleName = Literal["linear", "cosine", "constant_with_warmup"]
+_FUSED_DEVICES = {"cpu", "cuda"}
 
 
 def check_optimizer(name: str) -> None:
@@ -40,6 +41,7 @@ def build_optimizer(
 ) -> Optimizer:
     """AdamW over parameter groups (each with its own `lr` and `name`).
 
+    `adamw` is PyTorch's, in one fused pass over parameters, gradients and moments where the device has such a kernel.
     `adamw8bit` and `paged_adamw8bit` are bitsandbytes' 8-bit AdamW; the paged one moves its state between GPU and host
     memory and needs a GPU.
 
@@ -52,12 +54,21 @@ def build_optimizer(
             raise ValueError(f"Parameter group '{group['name']}' is empty: nothing of that kind is trainable.")
     settings: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas}
     if name == "adamw":
-        return torch.optim.AdamW(list(groups), **settings)
+        return _adamw(groups, settings)
     if name == "paged_adamw8bit" and not torch.cuda.is_available():
         raise ValueError("`optimizer: paged_adamw8bit` needs a GPU and none is visible. Use `adamw` or `adamw8bit`.")
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
     return (AdamW8bit if name == "adamw8bit" else PagedAdamW8bit)(list(groups), **settings)
+
+
+def _adamw(groups: Sequence[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
+    fused = {parameter.device.type for group in groups for parameter in group["params"]} <= _FUSED_DEVICES
+    optimizer = torch.optim.AdamW(list(groups), fused=fused or None, **settings)
+    # The fused kernel could unscale fp16 gradients as it steps, and Lightning refuses to clip for an optimizer that
+    # does, in bf16 too. Without this mark the gradients are unscaled before they are clipped, as for every other.
+    vars(optimizer)["_step_supports_amp_scaling"] = False
+    return optimizer
 
 
 def build_schedule(optimizer: Optimizer, *, name: ScheduleName, warmup_ratio: float, num_steps: float) -> LRScheduler:
