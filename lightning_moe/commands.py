@@ -20,7 +20,7 @@ from lightning_moe.evaluation.summary import summarise
 from lightning_moe.export.deploy import ExportFormat, check_formats, export_model
 from lightning_moe.export.huggingface import check_replaceable, save_ragged
 from lightning_moe.files import write_json
-from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.models.loading import DtypeName, can_stream, load_model
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.quantization.nf4 import check_hidden_size
 from lightning_moe.records import CalibrationStatistics, PrunePlan
@@ -28,6 +28,7 @@ from lightning_moe.reporting.report import write_report
 from lightning_moe.reporting.table import summary_table
 from lightning_moe.surgery.cut import apply_plan, convert_experts
 from lightning_moe.surgery.repair import plan_repair
+from lightning_moe.surgery.streaming import quantize_folder
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.tokenization import load_tokenizer
 
@@ -104,6 +105,8 @@ def prune(
 ) -> None:
     """Cut a model by a plan, repair it, pack it, and write a folder that stock `from_pretrained` loads.
 
+    Without repair, a stock model goes to NF4 layer by layer: memory for the packed model and one layer is enough.
+
     Args:
         model: Folder, `asset:small_moe` or hub name of the model the plan was made for.
         plan: File written by `plan`.
@@ -117,15 +120,20 @@ def prune(
     """
     decided = PrunePlan.load(plan)
     check_replaceable(out)
-    loaded = _load(model, dtype=dtype, device=device)
-    if quantize == "nf4":
-        check_hidden_size(decided.shape.hidden_size)
-    refit = None
-    if repair and decided.num_kept < decided.shape.num_channels:
-        refit = plan_repair(loaded, plan=decided, loaders=data.calibration_dataloaders(), memory_gb=repair_memory_gb)
-    apply_plan(loaded, plan=decided, repair=refit)
-    if quantize == "nf4":
-        quantize_model(loaded)
+    wants_repair = repair and decided.num_kept < decided.shape.num_channels
+    if quantize == "nf4" and not wants_repair and can_stream(model):
+        loaded = quantize_folder(model, plan=decided, dtype=dtype)
+    else:
+        loaded = _load(model, dtype=dtype, device=device)
+        if quantize == "nf4":
+            check_hidden_size(decided.shape.hidden_size)
+        refit = None
+        if wants_repair:
+            loaders = data.calibration_dataloaders()
+            refit = plan_repair(loaded, plan=decided, loaders=loaders, memory_gb=repair_memory_gb)
+        apply_plan(loaded, plan=decided, repair=refit)
+        if quantize == "nf4":
+            quantize_model(loaded)
     save_ragged(loaded, out)
     data.tokenizer.save_pretrained(out)
     log.info("Pruned model written to %s.", out)
@@ -208,6 +216,8 @@ def export(
 ) -> None:
     """Write a pruned folder in other formats; each is reloaded and its logits compared.
 
+    `[nf4]` alone packs a stock model layer by layer: memory for the packed model and one layer is enough.
+
     Args:
         model: A pruned folder (or the dense model, to convert it).
         out: Folder of the exports, one subfolder each.
@@ -216,8 +226,9 @@ def export(
         adapter: Folder of the PEFT adapter of that model, for the first three.
         dtype: Type of the unpacked weights.
     """
-    check_formats(formats)
-    loaded = load_model(model, dtype=dtype)
+    only_packed = check_formats(formats) == ["nf4"] and adapter is None
+    stream = only_packed and can_stream(model)
+    loaded = quantize_folder(model, dtype=dtype) if stream else load_model(model, dtype=dtype)
     peft_model = None
     if adapter is not None:
         convert_experts(loaded)

@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are read or computed each time they are asked for: only those in use take memory.
+
+    Args:
+        sources: what makes the tensor of each name.
+    """
+
+    def __init__(self, sources: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._sources = dict(sources)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._sources[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
 
 
 @contextmanager
@@ -78,8 +99,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: 
         save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata=encoded)
 
 
-def read_tensors(path: str | Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what `write_tensors` wrote: (tensors, metadata).
+def open_tensors(path: str | Path, *, what: str) -> tuple[LazyTensors, dict[str, Any]]:
+    """Opens what `write_tensors` wrote: (tensors, each read when it is asked for; metadata). The file stays open.
 
     Raises:
         ValueError: the file is missing, truncated or not safetensors with our metadata.
@@ -88,11 +109,22 @@ def read_tensors(path: str | Path, *, what: str) -> tuple[dict[str, Tensor], dic
     if not path.is_file():
         raise ValueError(f"There is no {what} at '{path}'.")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+        # Plain reads: pages of a mapped file would stay in the process's memory after the tensor is gone.
+        file = safe_open(str(path), framework="pt", backend="pread")
+        metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        return LazyTensors({key: partial(file.get_tensor, key) for key in file.keys()}), metadata  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"'{path}' is not a readable {what}: {error}. Write it again.") from error
+
+
+def read_tensors(path: str | Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write_tensors` wrote: (tensors, metadata).
+
+    Raises:
+        ValueError: the file is missing, truncated or not safetensors with our metadata.
+    """
+    tensors, metadata = open_tensors(path, what=what)
+    return dict(tensors), metadata
 
 
 def read_shapes(path: str | Path, *, what: str) -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,17 @@
 """Files appear whole or not at all, and a damaged one is named."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_moe.files import (
+    LazyTensors,
     digest_of_tensors,
     folder_bytes,
+    open_tensors,
     read_json,
     read_shapes,
     read_tensors,
@@ -92,10 +95,36 @@ def test_digest_depends_on_names_types_and_values() -> None:
     assert len({digest_of_tensors(other) for other in [base, *others]}) == 4
 
 
-@pytest.mark.parametrize("read", [read_json, read_tensors, read_shapes], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("read", [read_json, read_tensors, open_tensors, read_shapes], ids=lambda read: read.__name__)
 def test_missing_and_damaged_files_are_named(read, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"There is no thing at '.*gone'"):
         read(tmp_path / "gone", what="thing")
     (tmp_path / "bad").write_bytes(b"{\xff\xff")
     with pytest.raises(ValueError, match=r"'.*bad' is not a readable thing: "):
         read(tmp_path / "bad", what="thing")
+
+
+def test_lazy_tensors_are_made_when_they_are_asked_for() -> None:
+    asked: list[str] = []
+
+    def make(name: str) -> torch.Tensor:
+        asked.append(name)
+        return torch.ones(2)
+
+    tensors = LazyTensors({name: partial(make, name) for name in ("a", "b")})
+    assert list(tensors) == ["a", "b"]
+    assert len(tensors) == 2
+    assert not asked
+    assert torch.equal(tensors["b"], torch.ones(2))
+    assert torch.equal(tensors["b"], torch.ones(2))
+    assert asked == ["b", "b"]
+
+
+def test_an_open_file_is_read_later_even_when_its_name_is_gone(tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.arange(3.0)}, metadata={"record": 1})
+    tensors, metadata = open_tensors(path, what="thing")
+    write_tensors(path, {"x": torch.zeros(3)}, metadata={})
+    path.unlink()
+    assert metadata == {"record": 1}
+    assert torch.equal(tensors["x"], torch.arange(3.0))

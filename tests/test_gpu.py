@@ -148,7 +148,7 @@ def test_a_layer_waits_for_the_host_once(adapted):
 
 
 def test_a_layer_of_qwen3_30b_goes_through_the_whole_job():
-    """128 experts x 768 channels, hidden 2048, top-8: calibrate, cut half, pack, one DoRA step; peak memory and time."""
+    """128 experts x 768 channels, hidden 2048, top-8: calibrate, cut half, pack, DoRA steps; peak memory and time."""
     config = Qwen3MoeConfig(
         vocab_size=4096,
         hidden_size=2048,

@@ -1,5 +1,6 @@
 """Ragged folders: what is written, and what a damaged or hostile one is answered with."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,12 @@ def test_a_packed_folder_has_the_stated_size(tmp_path) -> None:
     assert packed_bytes == 3 * channels * (64 // 2 + 1 + 4)
     assert config.to_diff_dict() == config.to_dict()
     assert not config.is_quantizable()
+
+
+def test_copies_share_the_quantizer(folder) -> None:
+    """Transformers copies it for every stored tensor: with the widths of all layers that would be quadratic."""
+    quantizer = load_model(str(folder)).hf_quantizer
+    assert copy.deepcopy([quantizer])[0] is quantizer
 
 
 def test_widths_are_plain_numbers_by_module_name() -> None:

@@ -80,6 +80,17 @@ def test_statistics_survive_the_disk(tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "statistics.safetensors").read_bytes()
 
 
+def test_loaded_statistics_hold_no_tensor(tmp_path):
+    statistics = make_statistics(corpora=("a", "b"), optional=True)
+    statistics.save(tmp_path / "statistics.safetensors")
+    loaded = CalibrationStatistics.load(tmp_path / "statistics.safetensors")
+    (tmp_path / "statistics.safetensors").unlink()
+    assert loaded.corpora["a"][0]["count"] is not loaded.corpora["a"][0]["count"]
+    for name, value in statistics.total()[1].items():
+        assert torch.equal(loaded.total()[1][name], value), name
+    assert loaded.merge(statistics).digest == statistics.merge(loaded).digest
+
+
 def test_digest_sees_one_changed_number_and_not_the_order_of_corpora():
     statistics = make_statistics(corpora=("a", "b"))
     turned = replace(statistics, corpora=dict(reversed(statistics.corpora.items())))

@@ -7,7 +7,7 @@ After `import lightning_moe`, stock `AutoModelForCausalLM.from_pretrained(folder
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
@@ -99,6 +99,13 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
     def quantized_element_size(self) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """None: every stored tensor counts with its own element size."""
         return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: transformers copies the quantizer once for every stored tensor while it loads.
+
+        A real copy holds the widths of all layers, which made loading quadratic in the number of layers.
+        """
+        return self
 
     def update_device_map(self, device_map: Any) -> Any:
         """The user's device map, unchanged (bitsandbytes would move a 16-bit ragged model to the GPU by itself)."""

@@ -36,11 +36,11 @@ def quantize_model(model: PreTrainedModel) -> None:
     for experts in cut_layers:
         pack_experts(experts)
     for name in linears_to_pack(model):
-        model.set_submodule(name, _pack_linear(cast(nn.Linear, model.get_submodule(name))))
+        model.set_submodule(name, pack_linear(cast(nn.Linear, model.get_submodule(name))))
     model.requires_grad_(False)
 
 
-def _pack_linear(linear: nn.Linear) -> Linear4bit:
+def pack_linear(linear: nn.Linear) -> Linear4bit:
     """The same layer in NF4. Params4bit quantises when it is moved to a device, its own included."""
     packed = empty_linear4bit(linear)
     packed.weight = Params4bit(

@@ -10,12 +10,12 @@ from functools import cache, partial
 from itertools import accumulate
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from torch import Tensor, nn
 
 from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows, RowLoader, RowStorage
+from lightning_moe.quantization.rounding import BLOCK_SIZE, quantize_rows
 
-BLOCK_SIZE = 64
 _MAX_CODE = 255
 
 
@@ -50,11 +50,10 @@ class PackedRows(RowStorage):
         packed = cls(num_rows, hidden_size).to(weight_CH.device)
         if num_rows == 0:
             return packed
-        codes, state = quantize_4bit(weight_CH.detach().contiguous().float(), blocksize=BLOCK_SIZE, quant_type="nf4")
-        absmax_CB = state.absmax.view(num_rows, -1).float()
+        codes, absmax_CB = quantize_rows(weight_CH.detach())
         scale_C = absmax_CB.amax(1)
         ratio_CB = absmax_CB / scale_C.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-        packed.codes.data = codes.view(num_rows, -1)
+        packed.codes.data = codes
         packed.absmax = (ratio_CB * _MAX_CODE).round().to(torch.uint8)
         packed.scale = scale_C
         return packed
@@ -68,7 +67,7 @@ class PackedRows(RowStorage):
         """Rows `start:stop` dequantised to `[n, H]`."""
         if start == stop:
             return torch.empty(0, self.hidden_size, dtype=dtype, device=self.codes.device)
-        absmax_nB = self.absmax[start:stop].float() * (self.scale[start:stop].float() / _MAX_CODE).unsqueeze(1)
+        absmax_nB = self.absmax[start:stop] * (self.scale[start:stop].float() / _MAX_CODE).unsqueeze(1)
         state = QuantState(
             absmax=absmax_nB.reshape(-1),
             shape=torch.Size((stop - start, self.hidden_size)),

@@ -2,16 +2,17 @@
 
 # C channels of a layer, E experts, H hidden size, B bins of the router entropy
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from lightning_moe.files import digest_of_tensors, read_tensors, write_tensors
+from lightning_moe.files import LazyTensors, digest_of_tensors, open_tensors, write_tensors
 from lightning_moe.records.shape import LayerShape, ModelShape
 
 Layers = tuple[Mapping[str, Tensor], ...]
@@ -77,10 +78,13 @@ def check_numbers(value: Tensor, *, size: tuple[int, ...], signed: bool, what: s
         raise ValueError(f"{what} must be float64 of shape {size}, got {value.dtype} of shape {tuple(value.shape)}.")
     if value.device.type != "cpu":
         raise ValueError(f"{what} must be in main memory, got a tensor on {value.device}. Move it with `.cpu()`.")
-    if not bool(torch.isfinite(value).all()):
+    if not value.numel():
+        return
+    lowest, highest = map(float, torch.aminmax(value))  # one NaN makes both NaN
+    if not math.isfinite(lowest) or not math.isfinite(highest):
         raise ValueError(f"{what} holds NaN or infinity. Calibrate in float32 or bfloat16, and look at the weights.")
-    if not signed and value.numel() and float(value.min()) < 0:
-        raise ValueError(f"{what} must not be negative, its smallest value is {float(value.min())}.")
+    if not signed and lowest < 0:
+        raise ValueError(f"{what} must not be negative, its smallest value is {lowest}.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,8 +141,10 @@ class CalibrationStatistics:
                 if float(statistics[name].sum()) == 0:
                     raise ValueError(f"{where}: calibration saw 0 {unit}. Give it text, and check the padding mask.")
 
-    def total(self, corpora: Sequence[str] | None = None) -> tuple[dict[str, Tensor], ...]:
+    def total(self, corpora: Sequence[str] | None = None) -> Layers:
         """One mapping per layer over several corpora: sums add up, maxima take the largest.
+
+        A total is computed each time it is asked for, and shares no memory with the statistics.
 
         Args:
             corpora: Names; all corpora when not given.
@@ -166,44 +172,57 @@ class CalibrationStatistics:
                     raise ValueError(f"{layer.name}: {name} differs, so the weights do. Calibrate the same model.")
         names = dict.fromkeys([*self.corpora, *other.corpora])
         parts = {name: [own.corpora[name] for own in (self, other) if name in own.corpora] for name in names}
-        corpora = {name: part[0] if len(part) == 1 else add_layers(part) for name, part in parts.items()}
+        corpora = {name: tuple(dict(layer) for layer in add_layers(part)) for name, part in parts.items()}
         return CalibrationStatistics(shape=self.shape, corpora=corpora, weights=self.weights)
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for index, norms in enumerate(self.weights):
-            yield from ((f"weights|{index}|{name}", value) for name, value in norms.items())
-        for corpus, layers in self.corpora.items():
-            for index, statistics in enumerate(layers):
-                yield from ((f"corpus|{index}|{name}|{corpus}", value) for name, value in statistics.items())
+    @property
+    def _tensors(self) -> LazyTensors:
+        """Every tensor, under its name in the file."""
+        places = {
+            f"weights|{index}|{name}": partial(norms.__getitem__, name)
+            for index, norms in enumerate(self.weights)
+            for name in norms
+        }
+        places |= {
+            f"corpus|{index}|{name}|{corpus}": partial(statistics.__getitem__, name)
+            for corpus, layers in self.corpora.items()
+            for index, statistics in enumerate(layers)
+            for name in statistics
+        }
+        return LazyTensors(places)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over every number; the order of the corpora does not matter."""
-        return digest_of_tensors(dict(self._tensors()))
+        return digest_of_tensors(self._tensors)
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
         record = {"kind": _KIND, "version": _VERSION, "shape": self.shape.to_dict(), "corpora": list(self.corpora)}
-        write_tensors(path, dict(self._tensors()), metadata={"record": record})
+        write_tensors(path, self._tensors, metadata={"record": record})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what `save` wrote.
+        """Opens what `save` wrote: everything is checked, and a tensor takes memory only while it is used.
 
         Raises:
             ValueError: the file is missing, broken, or holds something else; the message names the file.
         """
-        tensors, metadata = read_tensors(path, what=f"file of {_KIND}")
+        tensors, metadata = open_tensors(path, what=f"file of {_KIND}")
         record = check_record(metadata, kind=_KIND, version=_VERSION, path=path)
         try:
             shape = ModelShape.from_dict(record["shape"])
             corpora = {str(corpus): tuple({} for _ in shape.layers) for corpus in record["corpora"]}
             weights = tuple({} for _ in shape.layers)
-            for key, value in tensors.items():
+            for key in tensors:
                 role, index, name, *corpus = key.split("|", maxsplit=3)
                 target = corpora[corpus[0]] if role == "corpus" else weights
-                target[int(index)][name] = value
-            return cls(shape=shape, corpora=corpora, weights=weights)
+                target[int(index)][name] = partial(tensors.__getitem__, key)
+            return cls(
+                shape=shape,
+                corpora={corpus: tuple(map(LazyTensors, layers)) for corpus, layers in corpora.items()},
+                weights=tuple(map(LazyTensors, weights)),
+            )
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"'{path}' does not hold valid {_KIND}: {error} Calibrate again.") from error
 
@@ -214,19 +233,19 @@ def _check_names(statistics: Mapping[str, Tensor], *, where: str) -> None:
         raise ValueError(f"{where}: missing statistics {missing}, unknown statistics {unknown}.")
 
 
-def add_layers(parts: Sequence[Layers]) -> tuple[dict[str, Tensor], ...]:
+def add_layers(parts: Sequence[Layers]) -> Layers:
     """Adds statistics of the same layers: `max_*` by maximum, all others by sum; only names that all parts have."""
     totals = []
     for layers in zip(*parts, strict=True):
         common = [name for name in layers[0] if all(name in layer for layer in layers)]
-        totals.append({name: _combine(name, values=[layer[name] for layer in layers]) for name in common})
+        totals.append(LazyTensors({name: partial(_combine, name, layers=layers) for name in common}))
     return tuple(totals)
 
 
-def _combine(name: str, *, values: Sequence[Tensor]) -> Tensor:
-    total = values[0].clone()
-    for value in values[1:]:
-        total = torch.maximum(total, value) if name.startswith("max_") else total + value
+def _combine(name: str, *, layers: Layers) -> Tensor:
+    total = layers[0][name].clone()
+    for layer in layers[1:]:
+        total = torch.maximum(total, layer[name]) if name.startswith("max_") else total + layer[name]
     return total
 
 

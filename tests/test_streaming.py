@@ -1,0 +1,291 @@
+"""Streaming a stock folder gives what loading it whole gives, bit for bit, and refuses what it cannot."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from family_cases import CASES, EVICTED, Case
+from random_plans import random_plan
+from safetensors.torch import load_file, save_file
+from tiny_models import random_tokens, tiny_model
+from transformers import GenerationConfig, PreTrainedModel
+
+from lightning_moe import commands
+from lightning_moe.export.huggingface import save_ragged
+from lightning_moe.models import loading, streaming
+from lightning_moe.models.discovery import model_shape, moe_layers
+from lightning_moe.models.loading import can_stream, load_model, weight_files
+from lightning_moe.models.streaming import StockFolder
+from lightning_moe.quantization.linears import quantize_model
+from lightning_moe.surgery.cut import apply_plan, convert_experts
+from lightning_moe.surgery.streaming import quantize_folder
+
+SHARD = "60KB"  # a tiny model in about ten files
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request) -> Case:
+    return request.param
+
+
+def saved(folder: Path, name: str = "qwen3_moe", *, shard: str = SHARD, **overrides) -> str:
+    tiny_model(name, **overrides).save_pretrained(folder, max_shard_size=shard)
+    return str(folder)
+
+
+def assert_same(found: PreTrainedModel, expected: PreTrainedModel) -> None:
+    """Every parameter and buffer, quantisation states included, and the logits."""
+    assert model_shape(found) == model_shape(expected)
+    assert not any(p.requires_grad for p in found.parameters())
+    assert found.training is expected.training is False
+    own, other = (dict(m.named_parameters()) | dict(m.named_buffers()) | m.state_dict() for m in (found, expected))
+    assert list(own) == list(other)
+    for name, value in other.items():
+        assert own[name].dtype == value.dtype, name
+        assert torch.equal(own[name], value), name
+    with torch.no_grad():
+        assert torch.equal(found(random_tokens()).logits, expected(random_tokens()).logits)
+
+
+def test_a_cut_stream_equals_load_cut_pack(case, tmp_path) -> None:
+    case.model().save_pretrained(tmp_path, max_shard_size=SHARD)
+    expected = load_model(str(tmp_path))
+    plan = random_plan(expected, evicted=EVICTED)
+    apply_plan(expected, plan=plan)
+    quantize_model(expected)
+    assert_same(quantize_folder(str(tmp_path), plan=plan), expected)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("shard", [SHARD, "1GB"], ids=["shards", "one_file"])
+def test_an_uncut_stream_equals_load_convert_pack(dtype, shard, tmp_path) -> None:
+    source = saved(tmp_path, "deepseek_v3", shard=shard, tie_word_embeddings=True)
+    expected = load_model(source, dtype=dtype)
+    convert_experts(expected)
+    quantize_model(expected)
+    found = quantize_folder(source, dtype=dtype)
+    assert_same(found, expected)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+
+
+def test_experts_are_loaded_in_parts(tmp_path) -> None:
+    source = saved(tmp_path)
+    expected = moe_layers(load_model(source))[1].experts
+    folder = StockFolder(source)
+    layer = moe_layers(folder.model)[1]
+    chunks = folder.expert_chunks(layer, size=3)
+    assert chunks == [(0, 3), (3, 6), (6, 8)]
+    for first, last in chunks:
+        folder.load_experts(layer, first=first, last=last)
+        for name in ("gate_up_proj", "down_proj"):
+            assert torch.equal(layer.experts.get_parameter(name), expected.get_parameter(name)[first:last])
+    others = [name for name, tensor in folder.model.state_dict().items() if not tensor.is_meta]
+    assert others == [f"{layer.name}.gate_up_proj", f"{layer.name}.down_proj"]
+
+
+def test_experts_stored_as_one_tensor_are_loaded_at_once(tmp_path) -> None:
+    folder = StockFolder(saved(tmp_path, "granitemoe"))
+    assert folder.expert_chunks(moe_layers(folder.model)[0], size=1) == [(0, 8)]
+
+
+def test_decoder_layers_are_named_and_loaded_one_by_one(tmp_path) -> None:
+    source = saved(tmp_path, "deepseek_v2")
+    folder = StockFolder(source)
+    assert folder.decoder_names == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    folder.load("model.layers.1")
+    loaded = {name for name, tensor in folder.model.state_dict().items() if not tensor.is_meta}
+    expected = load_model(source).state_dict()
+    assert loaded == {name for name in expected if name.startswith("model.layers.1.")}
+    assert all(torch.equal(folder.model.state_dict()[name], expected[name]) for name in loaded)
+
+
+def test_a_folder_loaded_part_by_part_is_the_stock_model(case, tmp_path) -> None:
+    case.model(tie_word_embeddings=True).save_pretrained(tmp_path, max_shard_size=SHARD)
+    expected = load_model(str(tmp_path))
+    folder = StockFolder(str(tmp_path))
+    for name in folder.decoder_names:
+        folder.load(name)
+    found = folder.finish()
+    with torch.no_grad():
+        assert torch.equal(found(random_tokens()).logits, expected(random_tokens()).logits)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+
+
+def test_a_tied_weight_may_be_stored_under_either_name(tmp_path) -> None:
+    source = saved(tmp_path, shard="1GB", tie_word_embeddings=True)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    expected, found = load_model(source), StockFolder(source).finish()
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(found(random_tokens()).logits, expected(random_tokens()).logits)
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil(name: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[5] = float("nan")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda tensors: tensors.pop("model.norm.weight"),
+            r"lacks 1 weights of its model, such as \['model.norm.weight'",
+        ),
+        (lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"), "conversion of the weights"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}),
+            "have another shape than its config.json",
+        ),
+        (
+            spoil("model.layers.1.mlp.experts.3.down_proj.weight"),
+            r"'model.layers.1.mlp.experts.down_proj' of '.*' holds NaN or infinity, which 4-bit codes would hide",
+        ),
+        (spoil("model.layers.0.self_attn.q_proj.weight"), r"'model.layers.0.self_attn.q_proj.weight' of .* holds NaN"),
+        (spoil("lm_head.weight"), r"'lm_head.weight' of .* holds NaN or infinity"),
+    ],
+    ids=["missing", "missing_expert", "other_shape", "nan_expert", "nan_linear", "nan_head"],
+)
+def test_a_damaged_folder_is_refused_and_nothing_is_written(change, match, tmp_path) -> None:
+    source = saved(tmp_path / "stock", shard="1GB")
+    edit(tmp_path / "stock", change)
+    with pytest.raises(ValueError, match=match):
+        commands.export(model=source, out=str(tmp_path / "out"), formats=["nf4"])
+    assert [path.name for path in tmp_path.iterdir()] == ["stock"]
+
+
+def test_a_truncated_shard_is_named(tmp_path) -> None:
+    source = saved(tmp_path)
+    file = sorted(tmp_path.glob("*.safetensors"))[4]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"'.*{file.name}' is not a readable file of weights"):
+        quantize_folder(source)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"There is no file of weights at '.*{file.name}'"):
+        quantize_folder(source)
+
+
+def test_a_failing_disk_is_reported_with_the_folder(tmp_path, monkeypatch) -> None:
+    folder = StockFolder(saved(tmp_path))
+
+    def fail(*_: Any) -> None:
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(streaming, "convert_and_load_state_dict_in_model", fail)
+    with pytest.raises(ValueError, match=f"The model '{tmp_path}' cannot be loaded: input/output error"):
+        folder.load("model.norm")
+
+
+def test_a_plan_for_another_model_is_refused_before_any_expert_is_read(tmp_path, monkeypatch) -> None:
+    source = saved(tmp_path)
+    monkeypatch.setattr(StockFolder, "load_experts", None)
+    with pytest.raises(ValueError, match=r"made for another model: router_digest"):
+        quantize_folder(source, plan=random_plan(tiny_model(seed=1)))
+    with pytest.raises(ValueError, match=r"made for another model: widths of model.layers.0.mlp.experts"):
+        quantize_folder(source, plan=random_plan(tiny_model(moe_intermediate_size=64)))
+
+
+def test_a_hidden_size_without_whole_blocks_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="a hidden size that is a multiple of 64, got 96"):
+        quantize_folder(saved(tmp_path, hidden_size=96))
+
+
+def test_what_is_not_stock_is_refused(tmp_path) -> None:
+    source = saved(tmp_path / "stock")
+    assert can_stream(source)
+    save_ragged(quantize_folder(source), tmp_path / "packed")
+    assert not can_stream(str(tmp_path / "packed"))
+    with pytest.raises(ValueError, match=r"packed' cannot be read part by part: it is cut or quantised already"):
+        quantize_folder(str(tmp_path / "packed"))
+    (tmp_path / "stock" / "model.safetensors.index.json").unlink()
+    assert not can_stream(source)
+    with pytest.raises(ValueError, match="There is no model at '/nowhere/at/all'"):
+        can_stream("/nowhere/at/all")
+
+
+def test_files_are_those_that_transformers_reads(tmp_path) -> None:
+    source = saved(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"another copy")
+    assert weight_files(source) == sorted(tmp_path.glob("model-*.safetensors"))
+    saved(tmp_path, shard="1GB")
+    assert weight_files(source) == [tmp_path / "model.safetensors"]
+
+
+def test_a_hub_name_is_asked_for_its_files(tmp_path, monkeypatch) -> None:
+    saved(tmp_path / "cache")
+    asked: list[str] = []
+
+    def found(source: str, name: str, **_: Any) -> str | None:
+        asked.append(source)
+        path = tmp_path / "cache" / name
+        return str(path) if path.is_file() else None
+
+    monkeypatch.setattr(loading, "cached_file", found)
+    monkeypatch.setattr(loading, "get_checkpoint_shard_files", lambda source, index: ([f"{source}/{index}"], None))
+    index = tmp_path / "cache" / "model.safetensors.index.json"
+    assert weight_files("owner/model") == [Path(f"owner/model/{index}")]
+    index.unlink()
+    assert weight_files("owner/model") == []
+    assert asked == ["owner/model"] * 4
+
+
+def test_the_commands_stream_and_write_the_same_files(tmp_path, monkeypatch) -> None:
+    source = saved(tmp_path / "stock")
+    GenerationConfig(temperature=0.5, do_sample=True, pad_token_id=0).save_pretrained(source)
+    plan = random_plan(load_model(source), evicted=EVICTED)
+    plan.save(tmp_path / "plan.json")
+    expected = load_model(source)
+    apply_plan(expected, plan=plan)
+    quantize_model(expected)
+    save_ragged(expected, tmp_path / "expected")
+    monkeypatch.setattr(commands, "load_model", None)  # would hold the whole model in 16 bit
+    data: Any = SimpleNamespace(tokenizer=SimpleNamespace(save_pretrained=lambda out: None))
+    settings = {"model": source, "plan": str(tmp_path / "plan.json"), "out": str(tmp_path / "cut"), "repair": False}
+    commands.prune(data=data, **settings)
+    files = [sorted((tmp_path / name).iterdir()) for name in ("expected", "cut")]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+    commands.export(model=source, out=str(tmp_path / "exports"), formats=["nf4"])
+    assert load_model(str(tmp_path / "exports" / "nf4")).config.quantization_config.packed_experts
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+from lightning_moe.surgery.streaming import quantize_folder
+
+def high_water():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+torch.set_num_threads(1)
+quantize_folder(sys.argv[1])  # modules that are imported on first use
+before = high_water()
+model = quantize_folder(sys.argv[2])
+print(high_water() - before, sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the high-water mark that Linux keeps")
+def test_memory_is_the_packed_model_and_one_layer(tmp_path) -> None:
+    """8 layers of 25 MB each in 16 bit, 201 MB in all; 20 MB are for allocators and threads."""
+    size = {"num_hidden_layers": 8, "num_experts": 16, "moe_intermediate_size": 512, "hidden_size": 512}
+    tiny_model(dtype=torch.bfloat16, **size).save_pretrained(tmp_path / "large")
+    layer_bytes = 16 * 512 * 512 * 3 * 2
+    command = [sys.executable, "-c", CHILD, saved(tmp_path / "tiny"), str(tmp_path / "large")]
+    peak, packed = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert packed < 8 * layer_bytes / 3
+    assert peak < packed + layer_bytes + 20e6
