@@ -59,12 +59,11 @@ def squared_norms(weight_Gio: Tensor) -> Tensor:
 def adapted_norm(product_Gro: Tensor, A_Gri: Tensor, B_Gor: Tensor, base_sq_Go: Tensor, scaling: float) -> Tensor:
     """`||W + s B A||` of every output from `A W^T`, without a dense `B A`: `[G, o]`.
 
-    `||W_o + s (BA)_o||^2 = ||W_o||^2 + 2 s (W A^T)_o . B_o + s^2 B_o (A A^T) B_o^T`, method.md section 6.
+    `||W_o + s (BA)_o||^2 = ||W_o||^2 + (2 s A W_o^T + s^2 A A^T B_o^T) . B_o`, method.md section 6.
     """
-    gram_Grr = A_Gri @ A_Gri.transpose(1, 2)
-    cross_Go = (product_Gro.to(B_Gor.dtype).transpose(1, 2) * B_Gor).sum(-1)
-    square_Go = ((B_Gor @ gram_Grr) * B_Gor).sum(-1)
-    return (base_sq_Go + 2 * scaling * cross_Go + scaling**2 * square_Go).clamp_min(0).sqrt()
+    gram_Grr, B_Gro = A_Gri @ A_Gri.transpose(1, 2), B_Gor.transpose(1, 2)
+    terms_Gro = torch.baddbmm(product_Gro.to(B_Gor.dtype), gram_Grr, B_Gro, beta=2 * scaling, alpha=scaling**2)
+    return (base_sq_Go + (terms_Gro * B_Gro).sum(1)).clamp_min(0).sqrt()
 
 
 def adapted_weight(weight_oi: Tensor, A_ri: Tensor, B_or: Tensor, magnitude_o: Tensor | None, scaling: float) -> Tensor:
