@@ -17,7 +17,7 @@ from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.evaluation.compare import StageSpec, compare_stages
 from lightning_moe.evaluation.stages import evaluate_stage, save_stage
 from lightning_moe.evaluation.summary import summarise
-from lightning_moe.export.deploy import ExportFormat, check_formats, export_model
+from lightning_moe.export.deploy import ExportFormat, check_formats, check_targets, export_model
 from lightning_moe.export.huggingface import check_replaceable, save_ragged
 from lightning_moe.files import write_json
 from lightning_moe.models.loading import DtypeName, can_stream, load_model
@@ -116,7 +116,7 @@ def prune(
         repair: Refit the down projections by least squares (a second calibration pass).
         repair_memory_gb: Memory for the Gram matrices; more passes where it does not suffice.
         dtype: Type of the weights.
-        device: Where it runs; `auto` is the GPU if there is one.
+        device: Where it runs; `auto` is the GPU if there is one. Packing layer by layer runs on the CPU.
     """
     decided = PrunePlan.load(plan)
     check_replaceable(out)
@@ -174,7 +174,8 @@ def evaluate(
     )
     save_stage(out, stage=row)
     log.info("%s", "\n".join(f"{corpus}: {nll:.4f} nats" for corpus, nll in row["nll_per_corpus"].items()))
-    log.info("%s: %.4f nats per token over %d corpora.", name, row["nll"], len(row["nll_per_corpus"]))
+    file = Path(out) / "stages" / f"{name}.json"
+    log.info("%s: %.4f nats per token, written to %s.", name, row["nll"], file)
 
 
 def compare(
@@ -226,14 +227,14 @@ def export(
         adapter: Folder of the PEFT adapter of that model, for the first three.
         dtype: Type of the unpacked weights.
     """
-    only_packed = check_formats(formats) == ["nf4"] and adapter is None
-    stream = only_packed and can_stream(model)
+    check_targets(out, formats=check_formats(formats))
+    stream = can_stream(model) and list(formats) == ["nf4"] and adapter is None
+    tokenizer = _tokenizer_of(model)
     loaded = quantize_folder(model, dtype=dtype) if stream else load_model(model, dtype=dtype)
     peft_model = None
     if adapter is not None:
         convert_experts(loaded)
         peft_model = load_adapter(loaded, folder=adapter)
-    tokenizer = _tokenizer_of(model)
     results = export_model(loaded, folder=out, formats=formats, peft_model=peft_model, tokenizer=tokenizer)
     write_json(Path(out) / "exports.json", [result.to_dict() for result in results])
     for result in results:

@@ -20,6 +20,8 @@ from torch import Tensor
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors that are read or computed each time they are asked for: only those in use take memory.
 
+    A pickled one, sent to another process say, arrives as a plain dictionary of tensors.
+
     Args:
         sources: what makes the tensor of each name.
     """
@@ -30,11 +32,17 @@ class LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._sources[name]()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources  # Mapping's own would make the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
+        return dict, (dict(self),)
 
 
 @contextmanager
@@ -88,7 +96,7 @@ def read_json(path: str | Path, *, what: str) -> Any:
         raise ValueError(f"There is no {what} at '{path}'.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not a readable {what}: {error}. Write it again.") from error
 
 
@@ -102,8 +110,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: 
 def open_tensors(path: str | Path, *, what: str) -> tuple[LazyTensors, dict[str, Any]]:
     """Opens what `write_tensors` wrote: (tensors, each read when it is asked for; metadata). The file stays open.
 
+    Another file may take its name meanwhile, as `write_tensors` does it; writing into the file itself is not safe.
+
     Raises:
-        ValueError: the file is missing, truncated or not safetensors with our metadata.
+        ValueError: the file is missing, truncated or not safetensors with our metadata; when a tensor is asked for:
+            the file was truncated meanwhile, or its type is one that PyTorch cannot read.
     """
     path = Path(path)
     if not path.is_file():
@@ -112,9 +123,17 @@ def open_tensors(path: str | Path, *, what: str) -> tuple[LazyTensors, dict[str,
         # Plain reads: pages of a mapped file would stay in the process's memory after the tensor is gone.
         file = safe_open(str(path), framework="pt", backend="pread")
         metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-        return LazyTensors({key: partial(file.get_tensor, key) for key in file.keys()}), metadata  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        keys = list(file.keys())
+    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise ValueError(f"'{path}' is not a readable {what}: {error}. Write it again.") from error
+    return LazyTensors({key: partial(_read_tensor, file, key, path=path) for key in keys}), metadata
+
+
+def _read_tensor(file: Any, key: str, *, path: Path) -> Tensor:
+    try:
+        return file.get_tensor(key)
+    except (SafetensorError, RuntimeError, OSError) as error:  # RuntimeError: a type of less than a byte
+        raise ValueError(f"'{path}' changed or is damaged: {key}: {error}. Write it again.") from error
 
 
 def read_tensors(path: str | Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -223,10 +223,10 @@ FULL = Plan(
     repeats=5,
     repair_repeats=5,
     reference_repeats={4: 5, 12: 3, 24: 1},
-    extra_depths=(4, 12),
+    extra_depths=(4, 12, 24),
 )
 QUICK = Plan(
-    tokens=384,
+    tokens=352,
     reference_tokens=64,
     repeats=2,
     repair_repeats=1,
@@ -259,6 +259,9 @@ def measure_depth(model: Qwen3MoeForCausalLM, plan: Plan, *, num_layers: int, fa
     repeats = plan.reference_repeats[num_layers]
     seconds["paper A"] = median_seconds(partial(paper_a, model, small), repeats=repeats)
     seconds["beside it"] = median_seconds(partial(calibrate, model, small), repeats=max(2, repeats))
+    if num_layers in plan.extra_depths:
+        same_kernels = partial(calibrate_same_kernels, model, small)
+        seconds["beside it, same kernels"] = median_seconds(same_kernels, repeats=max(2, repeats))
     return seconds
 
 
@@ -295,7 +298,7 @@ def memory_note(model: Qwen3MoeForCausalLM, batch: Batch, *, fastest: str) -> st
 
 def table(seconds: Mapping[int, Mapping[str, float]]) -> list[dict[str, object]]:
     """One line for each thing that was timed at each depth."""
-    against = {"paper A": ("beside it", "ours"), "beside it": ("beside it", "ours")}
+    against = dict.fromkeys(("paper A", "beside it", "beside it, same kernels"), ("beside it", "ours"))
     rows: list[dict[str, object]] = []
     for num_layers, times in seconds.items():
         for name, value in times.items():
@@ -306,10 +309,14 @@ def table(seconds: Mapping[int, Mapping[str, float]]) -> list[dict[str, object]]
 
 
 def ratios(seconds: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """What the JSON holds."""
+    """What the JSON holds; `same_kernels`: both sides with PyTorch's default products."""
     repaired = seconds[REPAIR_DEPTH]
+    same = {n: times for n, times in seconds.items() if "same kernels" in times}
     over = {f"calibration_over_forward_{n}_layers": t["calibration"] / t["forward"] for n, t in seconds.items()}
     reference = {f"reference_over_ours_{n}_layers": t["paper A"] / t["beside it"] for n, t in seconds.items()}
+    for n, t in same.items():
+        over[f"calibration_over_forward_same_kernels_{n}_layers"] = t["same kernels"] / t["forward"]
+        reference[f"reference_over_ours_same_kernels_{n}_layers"] = t["paper A"] / t["beside it, same kernels"]
     name = f"calibration_with_repair_over_forward_{REPAIR_DEPTH}_layers"
     return over | reference | {name: repaired["with repair"] / repaired["forward"]}
 

@@ -203,9 +203,11 @@ def ratios_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """By the names of the JSON; memory is that of the largest step, with everything."""
     by_tokens = {row["pairs per expert"]: row for row in rows}
     ratios = {}
-    for name, other in (("dora", PEFT_DORA), ("lora", PEFT_LORA)):
-        ratios |= {f"dora_over_peft_{name}_{t}": by_tokens[str(t)][f"{OURS} / {other}"] for t in TOKENS}
-    return ratios | {"dora_memory_over_peft_dora": by_tokens[str(TOKENS[-1])]["ratio in all"]}
+    for mine, suffix in ((OURS, ""), (SAME_KERNELS, "_same_kernels")):
+        for name, other in (("dora", PEFT_DORA), ("lora", PEFT_LORA)):
+            ratios |= {f"dora_over_peft_{name}{suffix}_{t}": by_tokens[str(t)][f"{mine} / {other}"] for t in TOKENS}
+    ratios["dora_memory_over_peft_dora"] = by_tokens[str(TOKENS[-1])]["ratio in all"]
+    return ratios | {f"dora_step_memory_over_peft_dora_{t}": by_tokens[str(t)]["ratio step"] for t in TOKENS}
 
 
 def title_of(layers: Layers) -> str:

@@ -286,12 +286,19 @@ def memory_note(case: Case, pairs: tuple[Pair, ...], dtype: torch.dtype) -> str:
 
 
 def ratios_of(rows: list[dict[str, object]]) -> dict[str, float]:
-    """The worse of the two layers, in bf16."""
+    """The worse of the two layers, in bf16: over the active share, over stock, and NF4 over stock in 16 bit."""
+    columns = (
+        ("forward_over_active_share_16bit", "bfloat16", "over_share"),
+        ("forward_over_active_share_nf4", "nf4, bfloat16", "over_share"),
+        ("forward_over_stock_16bit", "bfloat16", "over_stock"),
+        ("forward_over_stock_nf4", "nf4, bfloat16", "over_stock"),
+        ("forward_nf4_over_stock_16bit", "nf4, bfloat16", "over_dense_stock"),
+    )
     ratios = {}
-    for name, weights in (("16bit", "bfloat16"), ("nf4", "nf4, bfloat16")):
+    for name, weights, column in columns:
         for num_tokens in TOKENS:
-            values = [row["over_share"] for row in rows if (row["weights"], row["tokens"]) == (weights, num_tokens)]
-            ratios[f"forward_over_active_share_{name}_T{num_tokens}"] = max(float(str(value)) for value in values)
+            values = [row[column] for row in rows if (row["weights"], row["tokens"]) == (weights, num_tokens)]
+            ratios[f"{name}_T{num_tokens}"] = max(float(str(value)) for value in values)
     return ratios
 
 

@@ -178,8 +178,9 @@ def measure_depth(*, repeats: int) -> list[dict[str, object]]:
 
 
 def in_child(function: Callable[..., Any], **arguments: Any) -> Any:
-    """The result of a function of this package's scripts in a fresh process of one thread."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """The result of a function of these scripts in a fresh process with as many threads as this one."""
+    spawn, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=threads) as pool:
         return pool.submit(function, **arguments).result()
 
 
@@ -223,7 +224,6 @@ def save_stock_folder(folder: Path, config: Qwen3MoeConfig) -> int:
 
 def quantise(*, folder: str, stream: bool) -> dict[str, float]:
     """Runs in a fresh process: bytes at the start, at the peak, and of the result, and seconds."""
-    torch.set_num_threads(1)
     before, start = peak_rss(), time.perf_counter()
     if stream:
         model = quantize_folder(folder)

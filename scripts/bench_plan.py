@@ -82,7 +82,6 @@ def save_statistics(*, path: str, corpora: Sequence[str]) -> dict[str, float]:
 
 def measure_method(*, name: str, path: str, repeats: int, tensors: bool) -> dict[str, float]:
     """Runs in a fresh process: loads and plans `repeats` times, checks the budgets, counts bytes of `tensors` too."""
-    torch.set_num_threads(1)
     before = peak_rss()
     seconds: dict[str, list[float]] = {"load": [], "plan": []}
     for _ in range(repeats):
@@ -146,7 +145,8 @@ def measure_plans(*, corpora: Sequence[str], quick: bool) -> tuple[list[dict[str
         saved = save_statistics(path=path, corpora=corpora)
         repeats = 3 if quick else 5
         found = [in_child(measure_method, name=name, path=path, repeats=repeats, tensors=not quick) for name in METHODS]
-    line = f"Statistics of {len(corpora)} corpora: {saved['bytes'] / _GB:.2f} GB, saved in {saved['seconds']:.2f} s."
+    of = f"{len(corpora)} {'corpus' if len(corpora) == 1 else 'corpora'}"
+    line = f"Statistics of {of}: {saved['bytes'] / _GB:.2f} GB, saved in {saved['seconds']:.2f} s."
     return found, line
 
 

@@ -100,6 +100,7 @@ def environment_of(settings: Settings) -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv),
         "machine": f"{_processor()}, {platform.system()}",
+        "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": settings.threads,
         "quick": settings.quick,
         "python": platform.python_version(),

@@ -164,7 +164,7 @@ def folder(tmp_path_factory):
     return save_job(tmp_path_factory.mktemp("cli"))
 
 
-def test_the_stages_alone_from_files(folder, capsys):
+def test_the_stages_alone_from_files(folder, caplog):
     out, data = folder / "stages_run", ("--config", folder / "data.yaml")
     statistics, plan = out / "statistics.safetensors", out / "plans" / "half.json"
     run("calibrate", *data, "--model", folder / "model", "--out", statistics)
@@ -186,6 +186,8 @@ def test_the_stages_alone_from_files(folder, capsys):
     run("prune", *data, "--model", folder / "model", "--plan", plan, "--out", out / "pruned")
     assert AutoModelForCausalLM.from_pretrained(out / "pruned").generate(max_new_tokens=2).numel()
     run("evaluate", *data, "--model", folder / "model", "--out", out, "--name", "dense")
+    (said,) = (record.message for record in caplog.records if record.message.startswith("dense: "))
+    assert said.endswith(f" nats per token, written to {out / 'stages' / 'dense.json'}.")
     run("evaluate", *data, "--model", out / "pruned", "--out", out, "--name", "half_nf4", "--prune_ratio", 0.5)
     run("export", "--model", out / "pruned", "--out", out / "exports", "--formats", "[ragged, padded]")
     assert [row["format"] for row in read_json(out / "exports" / "exports.json", what="")] == ["ragged", "padded"]

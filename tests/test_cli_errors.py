@@ -7,7 +7,8 @@ import yaml
 from cli_runs import CONFIGS, quickstart, run, save_job
 from tiny_runs import save_model
 
-from lightning_moe import cli
+from lightning_moe import cli, commands
+from lightning_moe.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,26 @@ def test_a_plan_of_another_model_is_refused_by_prune(folder, capsys, tmp_path):
     other = save_model(out / "other", seed=1)
     arguments = (*data, "--model", other, "--plan", out / "plan.json", "--out", out / "pruned")
     refused(capsys, match="The plan was made for another model", code=1, call=lambda: run("prune", *arguments))
+
+
+def test_a_report_without_the_unpruned_model_says_what_to_run(folder, capsys, tmp_path):
+    row = {"name": "cut", "nll": 1.0, "prune_ratio": 0.5}
+    write_json(tmp_path / "stages" / "cut.json", row)
+    match = "compares with a row named `dense`, and there is none: run `evaluate --name dense` on the unpruned model"
+    refused(capsys, match=match, code=1, call=lambda: run("report", "--folder", tmp_path))
+
+
+@pytest.mark.parametrize("mistake", ["foreign folder", "tokenizer"])
+def test_an_export_is_refused_before_anything_is_packed(mistake, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(commands, "quantize_folder", None)
+    source = save_model(tmp_path / "model")
+    wrong = tmp_path / ("out/nf4/thesis.tex" if mistake == "foreign folder" else "model/tokenizer.json")
+    wrong.parent.mkdir(parents=True, exist_ok=True)
+    wrong.write_text("{years of work")
+    match = "holds something other than a model" if mistake == "foreign folder" else "No tokenizer found at '.*model'"
+    arguments = ("--model", source, "--out", tmp_path / "out", "--formats", "[nf4]")
+    refused(capsys, match=match, code=1, call=lambda: run("export", *arguments))
+    assert wrong.read_text() == "{years of work"
 
 
 def test_the_environment_asks_for_the_traceback(folder, monkeypatch):

@@ -180,6 +180,18 @@ def test_a_folder_with_something_else_is_not_replaced(format, tmp_path):
     with pytest.raises(ValueError, match="holds something other than a model and would be replaced"):
         export_model(tiny_model(), folder=tmp_path, formats=[format])
     assert (tmp_path / format / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(ValueError, match="holds something other than a model and would be replaced"):
+        export_model(tiny_model(), folder=tmp_path, formats=["padded", format])
+    assert not (tmp_path / "padded").exists()
+
+
+def test_an_export_of_adapters_may_be_replaced(tmp_path):
+    (tmp_path / "adapter" / "base").mkdir(parents=True)
+    (tmp_path / "adapter" / "base" / "config.json").write_text("{}")
+    deploy.check_targets(tmp_path, formats=["adapter", "ragged"])
+    (tmp_path / "adapter" / "base" / "config.json").rename(tmp_path / "adapter" / "base" / "thesis.tex")
+    with pytest.raises(ValueError, match="base' holds something other than a model"):
+        deploy.check_targets(tmp_path, formats=["adapter"])
 
 
 def test_the_tokenizer_goes_with_each_model(tmp_path):

@@ -156,7 +156,7 @@ def test_base_norms_follow_a_loaded_base() -> None:
     inputs = routed_input(8, layer.experts, hit=[0, 1])
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(*inputs), other(*inputs))
-    assert not [name for name in layer.state_dict() if "base_sq" in name]
+    assert not list(layer.buffers())
 
 
 @pytest.mark.parametrize("evict", [False, True])
@@ -248,14 +248,14 @@ def _dense_output(
 ) -> torch.Tensor:
     """The adapted layer with dense adapted weights `[o, i]`, expert by expert; differentiable by autograd."""
     output_TH = torch.zeros_like(hidden_TH)
-    for group, tensors in layer.group_parameters("default"):
-        for g in range(group.num_experts if group.width else 0):
+    for piece in layer.pieces():
+        for g, slot in enumerate(piece.experts):
             matrices = {}
             for side in SIDES:
-                weight_oi = layer.group_weight(group, side)[g].T
-                A, B, m = (tensors[f"lora_{kind}_{side}"][g] for kind in ("A", "B", "magnitude"))
+                weight_oi = layer.wide_weight(piece, side)[g].T
+                A, B, m = (part[g] for part in piece.low_rank(side, layer.adapter_parameters("default")))
                 matrices[side] = adapted_weight(weight_oi, A, B, m, layer.scaling["default"])
-            token, position = torch.where(index_TK == layer.experts.slot_order[group.first_slot + g])
+            token, position = torch.where(index_TK == layer.experts.slot_order[slot])
             gate_Sn, up_Sn = (hidden_TH[token] @ matrices[side].T for side in ("gate", "up"))
             output_SH = (layer.experts.act_fn(gate_Sn) * up_Sn) @ matrices["down"].T
             output_TH = output_TH.index_add(0, token, output_SH * weights_TK[token, position, None])

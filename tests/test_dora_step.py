@@ -1,20 +1,16 @@
-"""The hand-written step of adapted experts: cached norms, what is kept, checkpointing, compile, and its odd cases."""
+"""The hand-written step of adapted experts: its gradients, what is kept, checkpointing, compile, its odd cases."""
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from bitsandbytes.optim.adamw import AdamW8bit
 from dora_reference import PerExpertLinears, adapted, channel_experts, routed_input, shake
 from peft import LoraConfig
 from tiny_models import random_tokens, tiny_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim import AdamW, Optimizer
 
 from lightning_moe.adapters import AdapterConfig, DoraExperts, inject_adapters
-from lightning_moe.adapters import step as adapted_step
 from lightning_moe.models import grouped
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.surgery.cut import convert_experts
@@ -23,182 +19,11 @@ WIDTHS = [48, 16, 32, 0, 16, 48, 32]
 HIT = [0, 1, 2, 4, 5]
 
 
-class RawPointerSGD(Optimizer):
-    """Writes through `.data`, which leaves no trace in a parameter's version, as kernels on raw pointers do."""
-
-    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
-        super().__init__(parameters, {"lr": 1e-3})
-
-    def step(self) -> None:
-        for parameter in self.param_groups[0]["params"]:
-            parameter.data -= 1e-3 * parameter.grad
-
-
-@pytest.fixture
-def norms_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets the number of experts of each computation of norms (three a run)."""
-    calls: list[int] = []
-    original = adapted_step.adapted_norm
-
-    def counted(product_Gro: Tensor, *args: object) -> Tensor:
-        calls.append(len(product_Gro))
-        return original(product_Gro, *args)
-
-    monkeypatch.setattr(adapted_step, "adapted_norm", counted)
-    return calls
-
-
 @pytest.fixture(params=["grouped runs", "one expert a run"])
 def run_length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small experts share a run; real ones have each their own."""
     if request.param == "one expert a run":
         monkeypatch.setattr(grouped, "_RUN_BYTES_CPU", 1)
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda p: AdamW(p, lr=0.05),
-        lambda p: AdamW(p, lr=0.05, fused=True),
-        RawPointerSGD,
-        lambda p: AdamW8bit(p, lr=0.05),
-    ],
-    ids=["AdamW", "fused", "raw pointers", "8 bit"],
-)
-def test_norms_are_computed_once_per_optimizer_step(
-    build: Callable[[Iterator[nn.Parameter]], Optimizer], norms_computed: list[int]
-) -> None:
-    layer = adapted(channel_experts([16, 32], packed=True))
-    optimizer = build(parameter for parameter in layer.parameters() if parameter.requires_grad)
-    inputs = routed_input(12, layer.experts, hit=[0, 1])
-    for _ in range(3):
-        before = layer(*inputs)
-        norms_computed.clear()
-        for _ in range(4):
-            layer(*inputs).square().sum().backward()
-        assert norms_computed == []  # `before` was the first micro-batch
-        optimizer.step()
-        after = layer(*inputs)
-        assert norms_computed == [1] * 6  # two widths, three projections
-        assert not torch.allclose(after, before, atol=1e-4)
-        assert torch.equal(after, copy.deepcopy(layer)(*inputs))
-
-
-def _edit_in_place(layer: DoraExperts) -> None:
-    with torch.no_grad():
-        layer.adapter_parameters("default")["lora_A_gate"].add_(0.3)
-
-
-def _swap_data_for_evaluation(layer: DoraExperts) -> None:
-    layer.adapter_parameters("default")["lora_B_up"].data.mul_(3)
-    layer.eval()
-
-
-def _new_storage(layer: DoraExperts) -> None:
-    parameter = layer.adapter_parameters("default")["lora_B_down"]
-    parameter.data = parameter.data * 3
-
-
-def _load(layer: DoraExperts) -> None:
-    layer.load_state_dict(adapted(channel_experts(WIDTHS, seed=5), seed=9).state_dict())
-
-
-def _assign(layer: DoraExperts) -> None:
-    layer.load_state_dict(adapted(channel_experts(WIDTHS, seed=5), seed=9).state_dict(), assign=True)
-
-
-def _replace_base(layer: DoraExperts) -> None:
-    layer.base_layer = channel_experts(WIDTHS, seed=6)
-
-
-def _change_base(layer: DoraExperts) -> None:
-    with torch.no_grad():
-        layer.experts.projection("up_proj").weight.mul_(2)
-
-
-def _cast_base(layer: DoraExperts) -> None:
-    layer.experts.to(torch.bfloat16)
-
-
-def _other_adapter(layer: DoraExperts) -> None:
-    layer.update_layer("other", 4, 8, LoraConfig(use_dora=True))
-    layer.set_adapter("other")
-    shake(layer, seed=8)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        _edit_in_place,
-        _swap_data_for_evaluation,
-        _new_storage,
-        _load,
-        _assign,
-        _replace_base,
-        _change_base,
-        _cast_base,
-        _other_adapter,
-    ],
-)
-def test_cached_norms_follow_every_change(change: Callable[[DoraExperts], None]) -> None:
-    layer = adapted(channel_experts(WIDTHS))
-    inputs = routed_input(20, layer.experts, hit=HIT)
-    before = layer(*inputs)
-    change(layer)
-    fresh = adapted(channel_experts(WIDTHS))
-    if change is _other_adapter:
-        _other_adapter(fresh)
-    fresh.base_layer = layer.base_layer
-    fresh.load_state_dict(layer.state_dict())
-    after = layer(*inputs)
-    assert not torch.allclose(after, before, atol=1e-4)
-    assert torch.equal(after, fresh.train(layer.training)(*inputs))
-
-
-def test_switching_adapters_keeps_the_norms_of_each(norms_computed: list[int]) -> None:
-    layer = adapted(channel_experts([16]))
-    inputs = routed_input(6, layer.experts, top_k=1, hit=[0])
-    layer.update_layer("other", 2, 4, LoraConfig(use_dora=True))
-    for name in ("default", "other", "default", "other"):
-        layer.set_adapter(name)
-        layer(*inputs)
-    assert norms_computed == [1] * 6
-
-
-@pytest.mark.parametrize(("hidden_size", "rank"), [(64, 4), (2048, 16)])
-def test_outputs_do_not_depend_on_whether_norms_are_known(hidden_size: int, rank: int) -> None:
-    """With 2,048 numbers a row the norms come out of the same oneDNN product as the outputs."""
-    experts = channel_experts([64, 128], hidden_size=hidden_size, packed=True)
-    layer = adapted(experts, rank=rank)
-    inputs = routed_input(24, experts, top_k=2, hit=[0, 1])
-    torch.testing.assert_close(layer(*inputs), layer(*inputs), rtol=1e-6, atol=1e-6)
-    layer.eval()
-    reference = PerExpertLinears(layer)
-    torch.testing.assert_close(layer(*inputs), reference(*inputs), rtol=1e-4, atol=1e-4)
-
-
-def test_a_copy_shares_no_norms() -> None:
-    layer = adapted(channel_experts(WIDTHS))
-    inputs = routed_input(20, layer.experts, hit=HIT)
-    output = layer(*inputs)
-    copied = copy.deepcopy(layer)
-    _swap_data_for_evaluation(copied)
-    assert not torch.allclose(copied(*inputs), output, atol=1e-4)
-    assert torch.equal(layer(*inputs), output)
-
-
-def test_generation_computes_the_norms_of_an_expert_when_it_is_first_hit(
-    norms_computed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grouped, "_RUN_BYTES_CPU", 1)
-    layer = adapted(channel_experts([16, 16, 16, 16, 32], packed=True)).eval()
-    with torch.inference_mode():
-        for hit, computed in (([0, 2], 2), ([2, 0], 0), ([0, 4], 1), ([1, 2], 1)):
-            norms_computed.clear()
-            index_TK = torch.tensor([hit])
-            layer(torch.randn(1, 64), index_TK, torch.tensor([[0.5, 0.5]]))
-            assert sum(norms_computed) == 3 * computed
-    layer(torch.randn(1, 64), index_TK, torch.tensor([[0.5, 0.5]])).sum().backward()
 
 
 @pytest.mark.parametrize("num_tokens", [24, 400])
@@ -245,6 +70,30 @@ def test_any_activation(act_fn: nn.Module) -> None:
     expected = torch.autograd.grad(merged(hidden_TH, index_TK, weights_TK).square().sum(), hidden_TH)[0]
     gradient = torch.autograd.grad(layer(hidden_TH, index_TK, weights_TK).square().sum(), hidden_TH)[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+class Swish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value * torch.sigmoid(self.beta * value)
+
+
+@pytest.mark.parametrize(
+    ("act_fn", "message"),
+    [
+        (Swish(), r"Swish has parameters, which get no gradient .* Use an activation without"),
+        (nn.ReLU(inplace=True), r"ReLU overwrites its input.*inplace=False"),
+        (nn.SiLU(inplace=True), r"SiLU overwrites its input.*inplace=False"),
+    ],
+)
+def test_activations_that_backward_would_get_wrong_are_refused(act_fn: nn.Module, message: str) -> None:
+    experts = channel_experts(WIDTHS)
+    experts.act_fn = act_fn
+    with pytest.raises(ValueError, match=message):
+        DoraExperts(experts, "default", LoraConfig(use_dora=True), r=2, lora_alpha=4)
 
 
 def test_frozen_parts_get_no_gradient_and_change_no_other() -> None:

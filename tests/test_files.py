@@ -1,11 +1,14 @@
 """Files appear whole or not at all, and a damaged one is named."""
 
+import copy
 import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from stored_types import restate_type
 
 from lightning_moe.files import (
     LazyTensors,
@@ -104,6 +107,24 @@ def test_missing_and_damaged_files_are_named(read, tmp_path) -> None:
         read(tmp_path / "bad", what="thing")
 
 
+@pytest.mark.parametrize("read", [read_json, open_tensors], ids=lambda read: read.__name__)
+def test_nesting_beyond_measure_is_named(read, tmp_path) -> None:
+    nested = "[" * 100_000
+    save_file({}, tmp_path / "bad", metadata={"record": nested})
+    if read is read_json:
+        (tmp_path / "bad").write_text(nested)
+    with pytest.raises(ValueError, match=r"'.*bad' is not a readable thing: .*recursion"):
+        read(tmp_path / "bad", what="thing")
+
+
+def test_a_type_without_a_tensor_is_named(tmp_path) -> None:
+    write_tensors(tmp_path / "a", {"x": torch.zeros(4)}, metadata={})
+    restate_type(tmp_path / "a", "x", dtype="F4", bits=4)
+    tensors, _ = open_tensors(tmp_path / "a", what="thing")
+    with pytest.raises(ValueError, match=r"'.*a' changed or is damaged: x: .*size 16"):
+        _ = tensors["x"]
+
+
 def test_lazy_tensors_are_made_when_they_are_asked_for() -> None:
     asked: list[str] = []
 
@@ -114,10 +135,15 @@ def test_lazy_tensors_are_made_when_they_are_asked_for() -> None:
     tensors = LazyTensors({name: partial(make, name) for name in ("a", "b")})
     assert list(tensors) == ["a", "b"]
     assert len(tensors) == 2
+    assert "a" in tensors
+    assert "c" not in tensors
     assert not asked
     assert torch.equal(tensors["b"], torch.ones(2))
     assert torch.equal(tensors["b"], torch.ones(2))
     assert asked == ["b", "b"]
+    sent = copy.copy(tensors)
+    assert type(sent) is dict
+    assert asked == ["b", "b", "a", "b"]
 
 
 def test_an_open_file_is_read_later_even_when_its_name_is_gone(tmp_path) -> None:

@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lightning_moe.adapters.inject import AdapterConfig, inject_adapters
 from lightning_moe.allocation import build_method
 from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.models.discovery import expert_widths, moe_layers
+from lightning_moe.models.grouped import grouped_matmul, grouped_outer
 from lightning_moe.models.loading import load_model
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.quantization.nf4 import PackedRows
@@ -123,16 +125,17 @@ def test_generation_in_bf16_stays_close_on_the_shipped_model():
     assert model.generate(prompt.to(DEVICE), max_new_tokens=8, do_sample=False).shape == (1, 72)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_layer_waits_for_the_host_once(adapted):
+def test_a_layer_waits_for_the_host_once(adapted, dtype):
     """The offsets of the routed pairs come to the host once a layer and forward; backward needs nothing more."""
     peft_model = adapted_model().to(DEVICE)
     model = peft_model.get_base_model() if adapted else peft_model.unload()
     layer = moe_layers(model)[0]
-    hidden_TH = torch.randn(40, model.config.hidden_size, device=DEVICE, requires_grad=adapted)
+    hidden_TH = torch.randn(40, model.config.hidden_size, device=DEVICE, dtype=dtype, requires_grad=adapted)
     widths = expert_widths(layer.experts.experts if adapted else layer.experts)
     index_TK = torch.randint(len(widths), (40, 2), device=DEVICE)
-    weights_TK = torch.rand(40, 2, device=DEVICE)
+    weights_TK = torch.rand(40, 2, device=DEVICE, dtype=dtype)
     layer.experts(hidden_TH, index_TK, weights_TK)  # makes what is cached
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -143,8 +146,21 @@ def test_a_layer_waits_for_the_host_once(adapted):
                 output_TH.sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    waits = [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
     assert len(waits) == 1, waits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_with_experts_that_have_no_pairs(dtype):
+    bounds = (0, 0, 24, 24, 64, 64)
+    generator = torch.Generator().manual_seed(0)
+    left_Sm, right_Sn = (torch.randn(64, size, generator=generator).to(DEVICE, dtype) for size in (32, 128))
+    weight_Gmn = torch.randn(5, 32, 128, generator=generator).to(DEVICE, dtype)
+    loop_Sn = torch.cat([left_Sm[a:b] @ weight_Gmn[g] for g, (a, b) in enumerate(pairwise(bounds))])
+    loop_Gmn = torch.stack([left_Sm[a:b].T @ right_Sn[a:b] for a, b in pairwise(bounds)])
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(grouped_matmul(left_Sm, weight_Gmn, bounds), loop_Sn, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grouped_outer(left_Sm, right_Sn, bounds), loop_Gmn, rtol=tolerance, atol=tolerance)
 
 
 def test_a_layer_of_qwen3_30b_goes_through_the_whole_job():

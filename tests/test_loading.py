@@ -11,7 +11,7 @@ from tiny_models import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
 from lightning_moe.export.huggingface import save_ragged
-from lightning_moe.models.loading import load_model
+from lightning_moe.models.loading import can_stream, load_model, weight_files
 from lightning_moe.surgery.cut import apply_plan
 
 
@@ -82,6 +82,28 @@ def test_truncated_weights_are_refused(folder) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"'.*model.safetensors' is not a readable file of weights"):
         load_model(str(folder))
+
+
+INDEX = {"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{nope", "is not a readable index of shards: "),
+        ("[]", "is not an index of shards: it must hold `weight_map`, a file name for each weight"),
+        (json.dumps({"metadata": {}}), "is not an index of shards"),
+        (json.dumps({"weight_map": INDEX["weight_map"]}), "is not an index of shards"),
+        (json.dumps(INDEX | {"weight_map": []}), "is not an index of shards"),
+        (json.dumps(INDEX | {"weight_map": {"model.norm.weight": 5}}), "is not an index of shards"),
+    ],
+)
+def test_a_damaged_index_of_shards_is_named(content, match, folder) -> None:
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
+    (folder / "model.safetensors.index.json").write_text(content)
+    for use in (load_model, weight_files, can_stream):
+        with pytest.raises(ValueError, match=f"'.*model.safetensors.index.json' {match}"):
+            use(str(folder))
 
 
 def test_missing_weights_are_named(folder) -> None:

@@ -191,3 +191,13 @@ def test_memory_is_given_back_projection_by_projection(monkeypatch) -> None:
     gc.collect()
     assert alive == list(range(12, 0, -1))
     assert all(reference() is None for reference in dense)
+
+
+@pytest.mark.parametrize("broken", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.experts.up_proj"])
+def test_a_weight_that_is_not_finite_is_refused(broken) -> None:
+    model = tiny_model("qwen3_moe")
+    convert_experts(model)
+    name = broken if broken.endswith("weight") else f"{broken}.weight"
+    model.get_parameter(name).data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN or infinity, for which there is no 4-bit code"):
+        quantize_model(model)

@@ -1,9 +1,13 @@
+import copy
+import os
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 from statistics_factory import hand_statistics, make_statistics, rewrite, shape_of
 
+from lightning_moe.files import LazyTensors
 from lightning_moe.records import (
     STATISTICS,
     CalibrationStatistics,
@@ -91,6 +95,39 @@ def test_loaded_statistics_hold_no_tensor(tmp_path):
     assert loaded.merge(statistics).digest == statistics.merge(loaded).digest
 
 
+def test_a_total_reads_nothing_before_it_is_asked(tmp_path, monkeypatch):
+    make_statistics(corpora=("a", "b"), optional=True).save(tmp_path / "statistics.safetensors")
+    loaded = CalibrationStatistics.load(tmp_path / "statistics.safetensors")
+    asked = []
+    read = LazyTensors.__getitem__
+    monkeypatch.setattr(LazyTensors, "__getitem__", lambda self, name: asked.append(name) or read(self, name))
+    total = loaded.total()
+    assert "count" in total[0]
+    assert "luck" not in total[0]
+    assert asked == []
+    assert float(total[1]["num_tokens"]) == 2000
+    assert asked == ["num_tokens"] * 3  # of the total and of both corpora
+
+
+def test_loaded_statistics_can_be_sent_to_another_process(tmp_path):
+    make_statistics(corpora=("a", "b"), optional=True).save(tmp_path / "statistics.safetensors")
+    loaded = CalibrationStatistics.load(tmp_path / "statistics.safetensors")
+    sent = pickle.loads(pickle.dumps(loaded))
+    assert sent.shape == loaded.shape
+    assert sent.digest == loaded.digest
+    assert copy.deepcopy(loaded).digest == loaded.digest
+    assert torch.equal(pickle.loads(pickle.dumps(loaded.total()))[1]["count"], loaded.total()[1]["count"])
+
+
+def test_a_file_truncated_after_it_was_opened_is_named(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    make_statistics().save(path)
+    loaded = CalibrationStatistics.load(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"'.*statistics.safetensors' changed or is damaged: "):
+        _ = loaded.digest
+
+
 def test_digest_sees_one_changed_number_and_not_the_order_of_corpora():
     statistics = make_statistics(corpora=("a", "b"))
     turned = replace(statistics, corpora=dict(reversed(statistics.corpora.items())))
@@ -164,7 +201,12 @@ def test_incomplete_records_are_refused():
         ({"corpora": ["other"]}, "does not hold valid calibration statistics: 'text'"),
         ({"corpora": None}, "does not hold valid calibration statistics: .*NoneType"),
         ({"tensors": lambda own: own | {"loose": torch.ones(1)}}, "statistics: not enough values"),
-        ({"tensors": lambda own: own | {"weights|9|x": torch.ones(1)}}, "statistics: tuple index out of range"),
+        (
+            {"tensors": lambda own: own | {"weights|9|x": torch.ones(1)}},
+            "'weights\\|9\\|x' must be of one of the layers 0 to 1, got '9'",
+        ),
+        ({"tensors": lambda own: own | {"weights|-1|x": torch.ones(1)}}, "of one of the layers 0 to 1, got '-1'"),
+        ({"tensors": lambda own: own | {"corpus|01|x|text": torch.ones(1)}}, "of one of the layers 0 to 1, got '01'"),
         ({"tensors": lambda own: {k: v for k, v in own.items() if "|count|" not in k}}, "missing statistics"),
     ],
 )

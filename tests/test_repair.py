@@ -99,6 +99,35 @@ def test_float32_grams_repair_as_well_as_float64_ones(rank, mean):
     assert errors[0] <= 1.01 * errors[1] + 1e-6
 
 
+@pytest.mark.parametrize(
+    ("noise", "outlier", "relative"),
+    [(0.0, 1.0, 0.0), (1e-4, 1.0, 0.0), (1e-3, 1e2, 0.0), (1e-3, 1e3, 0.1)],
+)
+def test_float32_grams_choose_and_report_as_float64_ones_with_tiny_errors_and_outlier_tokens(noise, outlier, relative):
+    """Up to 10^-6 of the error without repair; a thousandfold token hides the others in the last digits."""
+    for seed in range(8):
+        generator, _, down_nH, _ = make_expert(rank=8, seed=seed)
+        hidden_Tn = torch.randn(1000, 8, generator=generator, dtype=torch.float64)
+        hidden_Tn = hidden_Tn @ torch.randn(8, CHANNELS, generator=generator, dtype=torch.float64)
+        hidden_Tn += noise * torch.randn(1000, CHANNELS, generator=generator, dtype=torch.float64)
+        hidden_Tn[:2] *= outlier
+        halves = [half.T @ half for half in (hidden_Tn[::2], hidden_Tn[1::2])]
+        exact, rough = (
+            repaired_down_rows(
+                down_nH=down_nH,
+                keep_n=torch.arange(CHANNELS) % 2 == 0,
+                half_a=halves[0].to(dtype),
+                half_b=halves[1].to(dtype),
+                num_tokens=1000,
+            )
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert rough.ridge == exact.ridge
+        assert rough.error_after >= 0
+        bound = 1e-6 * exact.error_before + relative * exact.error_after
+        assert abs(rough.error_after - exact.error_after) <= bound
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 8, 16, 32, 63])
 @pytest.mark.parametrize("rank", [8, 32, 256])
 def test_repair_never_hurts_an_expert_with_fewer_tokens_than_channels(num_tokens, rank):

@@ -37,6 +37,14 @@ def test_values_on_and_beside_the_midpoints_go_the_same_way() -> None:
         assert_like_bitsandbytes(weight_CH * scale)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_has_no_code_is_refused(value) -> None:
+    weight_CH = torch.zeros(3, 128, dtype=torch.float16)
+    weight_CH[1, 70] = value
+    with pytest.raises(ValueError, match=r"A weight of type torch.float16 that goes to 4 bit holds NaN or infinity"):
+        quantize_rows(weight_CH)
+
+
 def test_zeros_subnormals_and_views() -> None:
     weight_CH = torch.zeros(3, 128)
     weight_CH[1, 3], weight_CH[2, 5] = 1e-40, -0.0

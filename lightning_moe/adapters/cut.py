@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_moe.adapters.experts import PER_CHANNEL, DoraExperts
+from lightning_moe.adapters.experts import DoraExperts
 from lightning_moe.adapters.functional import safe_norm
+from lightning_moe.adapters.step import PER_CHANNEL
 from lightning_moe.models.channel_experts import ChannelExperts
 
 SelectRows = Callable[..., tuple[ChannelExperts, Tensor]]

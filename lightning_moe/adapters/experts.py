@@ -4,8 +4,8 @@ T tokens, K experts per token, S = T*K sorted pairs, E experts, C channels (sum 
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig
@@ -13,10 +13,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from lightning_moe.adapters.functional import adapted_norm, adapted_weight, squared_norms
-from lightning_moe.adapters.norms import NormCache, versions, weights_key
-from lightning_moe.adapters.step import PER_CHANNEL, SIDES, Call, Piece, adapted_experts
+from lightning_moe.adapters.norms import BaseNorms, NormCache, versions, weights_key
+from lightning_moe.adapters.step import SIDES, Call, Piece, adapted_experts
 from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows
-from lightning_moe.models.grouped import Routing, WidthGroup, expert_runs
+from lightning_moe.models.grouped import Routing, expert_runs
 
 
 class DoraExperts(nn.Module, LoraLayer):
@@ -30,8 +30,8 @@ class DoraExperts(nn.Module, LoraLayer):
 
     The norms of DoRA are computed once per optimizer step, however many micro-batches, recomputations under gradient
     checkpointing or generated tokens there are, and only of experts that get tokens. They follow optimizer steps,
-    changes in place, loading, replacement, and a switch between `train()` and `eval()`; a write through `.data` between
-    two forwards without any of these is not seen.
+    changes in place, loading, replacement, casts, moves and another scaling, and are forgotten at every `train()` and
+    `eval()`. A write through `.data` with neither an optimizer step nor such a call before the next forward is unseen.
 
     Args:
         base_layer: the frozen experts, dense or packed.
@@ -41,7 +41,7 @@ class DoraExperts(nn.Module, LoraLayer):
         lora_alpha: the scaling is `lora_alpha / r`.
 
     Raises:
-        ValueError: the rank is not positive.
+        ValueError: the rank is not positive, or the activation has parameters or works in place.
     """
 
     adapter_layer_names = (
@@ -62,12 +62,11 @@ class DoraExperts(nn.Module, LoraLayer):
     ) -> None:
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer)
+        _check_activation(base_layer.act_fn)
         self._active_adapter = adapter_name
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ParameterDict())
-        for side in SIDES:
-            self.register_buffer(f"base_sq_{side}", None, persistent=False)
-        self._base_key: object = None
+        self._base_norms = BaseNorms()
         self._norms: dict[str, NormCache] = {}
         self.update_layer(adapter_name, r, lora_alpha, config)
 
@@ -90,8 +89,8 @@ class DoraExperts(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _initial_parameters(self, r: int, *, use_dora: bool) -> dict[str, Tensor]:
-        self._refresh_base_norms()
-        experts, device = self.experts, self.base_sq("gate").device
+        experts, base_sq = self.experts, self.base_sq()
+        device = base_sq["gate"].device
         num_experts, num_channels, hidden = experts.num_experts, sum(experts.widths), experts.hidden_size
         width_C = torch.cat([torch.full((experts.widths[e],), experts.widths[e]) for e in experts.slot_order]).to(
             device
@@ -104,23 +103,28 @@ class DoraExperts(nn.Module, LoraLayer):
         initial["lora_A_down"] = _uniform((num_channels, r), device) / width_C.sqrt().unsqueeze(1)
         initial["lora_B_down"] = torch.zeros(num_experts, hidden, r, device=device)
         if use_dora:
-            initial |= {f"lora_magnitude_{side}": self.base_sq(side).sqrt() for side in SIDES}
+            initial |= {f"lora_magnitude_{side}": base_sq[side].sqrt() for side in SIDES}
         return initial
 
-    def base_sq(self, side: str) -> Tensor:
-        """Squared norms of the base's outputs in fp32: `[C]` for gate and up, `[E, H]` for down."""
-        return self.get_buffer(f"base_sq_{side}")
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode, and forgets all norms: weights may have been swapped through `.data` (weight averaging)."""
+        self._base_norms = BaseNorms()
+        self._norms.clear()
+        return super().train(mode)
 
-    def _refresh_base_norms(self) -> None:
-        """Computes the squared norms, width by width, where the base has changed since (loaded, replaced, cast)."""
+    def base_sq(self) -> Mapping[str, Tensor]:
+        """Squared norms of the base's outputs in fp32 (fp64 where the base is): gate and up `[C]`, down `[E, H]`."""
         key = versions(self.experts.state_dict(keep_vars=True))
-        if key == self._base_key:
-            return
-        for side in SIDES:
-            norms = [squared_norms(self.group_weight(group, side)) for group in self.experts.groups]
-            joined = torch.cat([norm if side == "down" else norm.reshape(-1) for norm in norms])
-            setattr(self, f"base_sq_{side}", joined)
-        self._base_key = key
+        return self._base_norms.refresh(key=key, compute=self._squared_base_norms)
+
+    def _squared_base_norms(self) -> dict[str, Tensor]:
+        experts, like = self.experts, self._like_norms()
+        channels, outputs = (sum(experts.widths),), (experts.num_experts, experts.hidden_size)
+        squares = {side: like.new_zeros(outputs if side == "down" else channels) for side in SIDES}
+        for piece in self.pieces():
+            for side in SIDES:
+                piece.of(f"base_sq_{side}", squares[side]).copy_(squared_norms(self.wide_weight(piece, side)))
+        return squares
 
     def load_weight(self, rows: slice, num_experts: int, side: str, dtype: torch.dtype) -> Tensor:
         """Frozen rows of a few experts of one width as matrices `[G, i, o]`, dequantised where they are packed."""
@@ -128,10 +132,14 @@ class DoraExperts(nn.Module, LoraLayer):
         rows_GnH = storage.rows(rows.start, rows.stop, dtype).detach().view(num_experts, -1, storage.shape[1])
         return rows_GnH if side == "down" else rows_GnH.transpose(1, 2)
 
-    def group_weight(self, group: WidthGroup, side: str) -> Tensor:
-        """`load_weight` of all experts of a width, in fp32 (fp64 where the base is)."""
-        dtype = torch.promote_types(next(self.experts.parameters()).dtype, torch.float32)
-        return self.load_weight(slice(group.first_row, group.last_row), group.num_experts, side, dtype)
+    def wide_weight(self, piece: Piece, side: str) -> Tensor:
+        """Frozen weights `[G, i, o]` of a run in fp32 (fp64 where the base is)."""
+        return self.load_weight(piece.rows, len(piece.experts), side, self._like_norms().dtype)
+
+    def _like_norms(self) -> Tensor:
+        """An empty tensor of the type and on the device of the norms: fp32, or fp64 where the base is."""
+        weight = next(self.experts.parameters())
+        return torch.empty(0, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
 
     @torch.compiler.disable(reason="runs of experts depend on the routing, and backward is written by hand")
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -151,18 +159,20 @@ class DoraExperts(nn.Module, LoraLayer):
         return Call(
             routing=routing,
             slot_S=slot_TK.reshape(-1)[routing.order_S],
-            pieces=list(self._pieces(routing.bounds, slot_TK.device)),
+            pieces=list(self.pieces(routing.bounds)),
             names=tuple(self.adapter_parameters(adapter)),
             scaling=self.scaling[adapter],
             dtype=dtype,
             act_fn=experts.act_fn,
             load_Gio=lambda piece, side, dtype: self.load_weight(piece.rows, len(piece.experts), side, dtype),
             norms=self._current_norms(adapter, dtype),
-            base_sq={side: self.base_sq(side) for side in SIDES},
+            base_sq=self._base_norms.squares,
         )
 
-    def _pieces(self, bounds: tuple[int, ...], device: torch.device) -> Iterator[Piece]:
-        experts = self.experts
+    def pieces(self, bounds: Sequence[int] | None = None) -> Iterator[Piece]:
+        """Runs of the experts that have pairs by `bounds` (`Routing.bounds`); by default of all that have channels."""
+        experts, device = self.experts, next(self.experts.parameters()).device
+        bounds = tuple(range(experts.num_experts + 1) if bounds is None else bounds)
         for group in experts.groups:
             if group.width:
                 local = bounds[group.first_slot : group.first_slot + group.num_experts + 1]
@@ -170,41 +180,14 @@ class DoraExperts(nn.Module, LoraLayer):
                 yield from (Piece.of_run(group, run) for run in runs)
 
     def _current_norms(self, adapter: str, dtype: torch.dtype) -> NormCache:
-        """The adapter's norms, emptied where A, B or the base may have changed."""
-        self._refresh_base_norms()
-        parameters = self.adapter_parameters(adapter)
+        """The adapter's norms, emptied where A, B, s or the base may have changed."""
+        base_sq, parameters = self.base_sq(), self.adapter_parameters(adapter)
         low_rank = {name: value for name, value in parameters.items() if "magnitude" not in name}
         norms = self._norms.setdefault(adapter, NormCache())
-        key = (dtype, self.training, self._base_key, weights_key(low_rank))
-        norms.prepare(key=key, like={side: self.base_sq(side) for side in SIDES})
+        # `training` too: Lightning puts the mode back without a call of `train()`, after it has swapped weights.
+        key = (dtype, self.training, self.scaling[adapter], self._base_norms.key, weights_key(low_rank))
+        norms.prepare(key=key, like=base_sq)
         return norms
-
-    def group_parameters(self, adapter: str) -> Iterator[tuple[WidthGroup, dict[str, Tensor]]]:
-        """Each width with its parts of every parameter: A `[G, r, i]`, B `[G, o, r]`, magnitudes and norms `[G, o]`.
-
-        One split per parameter: its backward is one concatenation, whatever the number of widths.
-        """
-        groups = self.experts.groups
-        parts = {name: self._split(name, value) for name, value in self._tensors(adapter).items()}
-        for index, group in enumerate(groups):
-            tensors = {}
-            for name, pieces in parts.items():
-                piece = pieces[index]
-                if name in PER_CHANNEL:
-                    piece = piece.unflatten(0, (group.num_experts, group.width))
-                tensors[name] = piece.transpose(1, 2) if name == "lora_A_down" else piece
-            yield group, tensors
-
-    def _split(self, name: str, value: Tensor) -> tuple[Tensor, ...]:
-        groups = self.experts.groups
-        sizes = [g.num_experts * g.width if name in PER_CHANNEL else g.num_experts for g in groups]
-        return value.split(sizes)
-
-    def _tensors(self, adapter: str) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = dict(self.adapter_parameters(adapter))
-        if self.use_dora[adapter]:
-            tensors |= {f"base_sq_{side}": self.base_sq(side) for side in SIDES}
-        return tensors
 
     def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by the names in the class's description."""
@@ -232,13 +215,14 @@ class DoraExperts(nn.Module, LoraLayer):
     @torch.no_grad()
     def adapted_down_norm(self, adapter: str) -> Tensor:
         """`||W + s B A||` of the down projections' outputs: `[E, H]`, in storage order."""
-        norms = []
-        for group, tensors in self.group_parameters(adapter):
-            weight_Gio = self.group_weight(group, "down")
-            A, B = tensors["lora_A_down"], tensors["lora_B_down"]
-            base_sq = squared_norms(weight_Gio)
-            norms.append(adapted_norm(torch.bmm(A, weight_Gio), A, B, base_sq, self.scaling[adapter]))
-        return torch.cat(norms)
+        parameters, scaling = self.adapter_parameters(adapter), self.scaling[adapter]
+        norm_EH = self._like_norms().new_zeros(self.experts.num_experts, self.experts.hidden_size)
+        for piece in self.pieces():
+            A_Gri, B_Gor, _ = piece.low_rank("down", parameters)
+            weight_Gio = self.wide_weight(piece, "down")
+            base_sq_Go = squared_norms(weight_Gio)
+            norm_EH[piece.slots] = adapted_norm(torch.bmm(A_Gri, weight_Gio), A_Gri, B_Gor, base_sq_Go, scaling)
+        return norm_EH
 
     def rebuilt(self, base: ChannelExperts, adapter: str) -> "DoraExperts":
         """A fresh layer around another base with an adapter of the same name, rank, scaling and trainability."""
@@ -247,25 +231,28 @@ class DoraExperts(nn.Module, LoraLayer):
         fresh = DoraExperts(base, adapter, config, r=self.r[adapter], lora_alpha=self.lora_alpha[adapter])
         return fresh.train(self.training)
 
+    @torch.no_grad()
     def merged_experts(self, *, dtype: torch.dtype) -> ChannelExperts:
         """The experts with the active adapter merged into dequantised rows, dense in `dtype`; computed in fp32."""
         experts, adapter = self.experts, self.adapter_in_use()
-        merged: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-        for group, tensors in self.group_parameters(adapter) if adapter is not None else ():
-            for side in SIDES:
-                A, B, m = tensors[f"lora_A_{side}"], tensors[f"lora_B_{side}"], tensors.get(f"lora_magnitude_{side}")
-                weight_Goi = self.group_weight(group, side).transpose(1, 2)
-                weight_Goi = adapted_weight(weight_Goi, A, B, m, self.scaling[adapter or ""]).detach().to(dtype)
-                rows_GnH = weight_Goi.transpose(1, 2) if side == "down" else weight_Goi
-                merged[side].append(rows_GnH.reshape(-1, experts.hidden_size))
         dense = ChannelExperts(
             widths=experts.widths, hidden_size=experts.hidden_size, act_fn=experts.act_fn, rows=lambda *_: nn.Identity()
         )
         for side, name in zip(SIDES, PROJECTIONS, strict=True):
             rows = experts.projection(name)
-            weight = torch.cat(merged[side]) if adapter is not None else rows.rows(0, rows.shape[0], dtype).detach()
-            setattr(dense, name, DenseRows(weight))
+            merged = rows.rows(0, rows.shape[0], dtype) if adapter is None else self._merged_rows(adapter, side, dtype)
+            setattr(dense, name, DenseRows(merged))
         return dense.train(experts.training)
+
+    def _merged_rows(self, adapter: str, side: str, dtype: torch.dtype) -> Tensor:
+        experts, parameters = self.experts, self.adapter_parameters(adapter)
+        merged_CH = self._like_norms().new_empty(sum(experts.widths), experts.hidden_size, dtype=dtype)
+        for piece in self.pieces():
+            low_rank, weight_Goi = piece.low_rank(side, parameters), self.wide_weight(piece, side).transpose(1, 2)
+            weight_Goi = adapted_weight(weight_Goi, *low_rank, self.scaling[adapter])
+            rows_GnH = weight_Goi.transpose(1, 2) if side == "down" else weight_Goi
+            merged_CH[piece.rows] = rows_GnH.reshape(-1, experts.hidden_size).to(dtype)
+        return merged_CH
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: a packed base cannot hold a merged weight exactly.
@@ -278,3 +265,19 @@ class DoraExperts(nn.Module, LoraLayer):
 
 def _uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.rand(shape, device=device) * 2 - 1
+
+
+def _check_activation(act_fn: nn.Module) -> None:
+    """Refuses what the hand-written backward would get wrong."""
+    name = type(act_fn).__name__
+    if list(act_fn.parameters()):
+        raise ValueError(
+            f"The experts' activation {name} has parameters, which get no gradient under an adapter. "
+            "Use an activation without parameters."
+        )
+    probe = torch.tensor([-1.0, 2.0], device="cpu")
+    act_fn(probe)
+    if probe.tolist() != [-1.0, 2.0]:
+        raise ValueError(
+            f"The experts' activation {name} overwrites its input, which backward needs. Use one with `inplace=False`."
+        )

@@ -1,10 +1,11 @@
 """Norms of adapted weights, kept until a weight may have changed.  E experts, C channels, H hidden."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -22,15 +23,21 @@ register_optimizer_step_post_hook(_count_step)
 def weights_key(tensors: Mapping[str, Tensor]) -> object:
     """What changes whenever trained tensors may have changed; to be compared.
 
-    The number of optimizer steps of this process, because bitsandbytes' 8-bit optimizers write through raw pointers and
-    leave no trace in a tensor; and their versions and addresses, for other changes in place, loading and replacement.
+    Their `versions`, and the number of optimizer steps of this process, because bitsandbytes' 8-bit optimizers write
+    through raw pointers and leave no trace in a tensor.
     """
-    return _optimizer_steps, versions(tensors), tuple(tensor.data_ptr() for tensor in tensors.values())
+    return _optimizer_steps, versions(tensors)
 
 
 def versions(tensors: Mapping[str, Tensor]) -> object:
-    """What changes when tensors are changed in place, replaced, or cast; to be compared."""
-    return tuple((name, id(tensor), tensor.dtype, _version(tensor)) for name, tensor in tensors.items())
+    """What changes when tensors are changed in place, replaced, cast or moved, also by `.data =`; to be compared.
+
+    Memory is told apart by weak references: an address, or the id of a tensor, may be given out again.
+    """
+    return tuple(
+        (name, StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), tensor.dtype, _version(tensor))
+        for name, tensor in tensors.items()
+    )
 
 
 def _version(tensor: Tensor) -> int:
@@ -40,10 +47,11 @@ def _version(tensor: Tensor) -> int:
 class NormCache:
     """`||W + s B A||` of the outputs of each projection, filled expert by expert as they are met.
 
-    The norm is constant in backward and changes only with A, B and W, so all micro-batches of an optimizer step, the
+    The norm is constant in backward and changes only with A, B, s and W, so all micro-batches of an optimizer step, the
     recomputation under gradient checkpointing, and all tokens of a generation share it. Copies and pickles are empty.
 
     Attributes:
+        key: what the norms belong to.
         norms: by projection `gate [C]`, `up [C]`, `down [E, H]`, in storage order; of known experts only.
         known: slots whose norms are filled.
     """
@@ -67,6 +75,27 @@ class NormCache:
     def learn(self, slots: range) -> None:
         """The norms of these slots have been filled."""
         self.known = self.known.union(slots)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class BaseNorms:
+    """Squared norms of the frozen base's outputs, computed where the base has changed. Copies and pickles are empty.
+
+    No buffers: a cast does not round them, and distributed training does not send them round.
+    """
+
+    key: object = None
+    squares: Mapping[str, Tensor] = {}
+
+    def refresh(self, *, key: object, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """By projection `gate [C]`, `up [C]`, `down [E, H]`, in storage order; computed where `key` is another."""
+        if key != self.key:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self.squares = compute()
+            self.key = key
+        return self.squares
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

@@ -127,15 +127,14 @@ class Call:
         """Type of everything but the matrix products: at least 32 bit."""
         return torch.promote_types(self.dtype, torch.float32)
 
+    def new_gradient(self, stacked: Tensor) -> Tensor:
+        """Where a gradient goes: zeros where some expert has no pairs, else left to be written expert by expert."""
+        all_hit = sum(len(piece.experts) for piece in self.pieces) == len(self.base_sq["down"])
+        return torch.empty_like(stacked) if all_hit else torch.zeros_like(stacked)
+
     def pair_weights(self, weights_TK: Tensor) -> Tensor:
         """The router's weight of each sorted pair."""
         return weights_TK.reshape(-1)[self.routing.order_S].to(self.wide)
-
-    def room_for(self, stacked: Tensor) -> Tensor:
-        """A gradient of the same shape; zeros, unless every expert is in a run, which fills it."""
-        num_filled = sum(len(piece.experts) for piece in self.pieces)
-        every = num_filled == len(self.base_sq["down"])
-        return torch.empty_like(stacked) if every else torch.zeros_like(stacked)
 
     def expert_of_pair(self, piece: Piece) -> Tensor | None:
         """Expert of each pair of a run, counted from its first one; None where there is only one."""
@@ -189,7 +188,7 @@ class AdaptedExperts(torch.autograd.Function):
             tensors=tensors,
             grad_hidden_TH=torch.zeros_like(hidden_TH, dtype=call.wide) if ctx.needs_input_grad[1] else None,
             grad_weight_S=torch.zeros(weights_TK.numel(), dtype=call.wide, device=hidden_TH.device),
-            into={name: call.room_for(tensors[name]) for name in call.names if needed[name]},
+            into={name: call.new_gradient(tensors[name]) for name in call.names if needed[name]},
         )
         kept = iter(saved[len(call.names) :])
         with torch.autocast(hidden_TH.device.type, enabled=False):

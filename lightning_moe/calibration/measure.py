@@ -207,7 +207,7 @@ class LayerMeasurement:
 
 
 def _count(value_T: Tensor) -> Tensor:
-    return torch.tensor(float(len(value_T)), dtype=torch.float64, device=value_T.device)
+    return torch.full((), float(len(value_T)), dtype=torch.float64, device=value_T.device)
 
 
 def _output_gram(output_TKH: Tensor, gate_TK1: Tensor, index_TK1: Tensor, *, num_experts: int) -> Tensor:

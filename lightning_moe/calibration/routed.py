@@ -49,14 +49,12 @@ class RoutedPairs:
         routing: the sort; its bounds have one entry per expert and class.
         key_S: `expert * num_classes + class` of each sorted pair.
         gate_S: gate weight of each sorted pair, in the type of the sums.
-        top_k: K.
         num_classes: token classes, padding included.
     """
 
     routing: Routing
     key_S: Tensor
     gate_S: Tensor
-    top_k: int
     num_classes: int
 
     @classmethod
@@ -78,7 +76,6 @@ class RoutedPairs:
             routing=routing,
             key_S=key_TK.reshape(-1)[routing.order_S],
             gate_S=gate_S.to(dtype),
-            top_k=index_TK.shape[1],
             num_classes=num_classes,
         )
 

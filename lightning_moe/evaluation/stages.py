@@ -71,10 +71,9 @@ def evaluate_stage(
     """
     started, name = time.perf_counter(), check_stage_name(name)
     model = load_model(str(folder), dtype=dtype)
-    parts = [model_bytes(folder)]
+    parts = [model_bytes(path) for path in (folder, adapter) if path is not None]
     if adapter is not None:
         load_adapter(model, folder=adapter)
-        parts.append(model_bytes(adapter))
     model.to(device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its types
     result = evaluate_model(model, loaders=loaders)
     footprint = measure_footprint(model, usage=result.usage)

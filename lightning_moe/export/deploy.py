@@ -74,6 +74,16 @@ def check_formats(formats: Sequence[str]) -> list[ExportFormat]:
     return list(formats)  # pyright: ignore[reportReturnType]
 
 
+def check_targets(folder: str | Path, *, formats: Sequence[ExportFormat]) -> None:
+    """Refuses formats whose model would replace something else below `folder`.
+
+    Raises:
+        ValueError: see `check_replaceable`.
+    """
+    for name in formats:
+        check_replaceable(Path(folder) / name / "base" if name == "adapter" else Path(folder) / name)
+
+
 def needs_adapters(formats: Sequence[ExportFormat]) -> list[ExportFormat]:
     """Those of the formats that are made of a model and its adapters."""
     return [name for name in formats if name in ("adapter", "merged", "merged_nf4")]
@@ -104,12 +114,13 @@ def export_model(
         One result per format.
 
     Raises:
-        ValueError: a format asks for adapters and there are none, `stock` for a cut model, or a reload does not
-            reproduce the logits.
+        ValueError: a format asks for adapters and there are none, `stock` for a cut model, something other than a
+            model would be replaced, or a reload does not reproduce the logits.
     """
     wanted = needs_adapters(check_formats(formats))
     if wanted and peft_model is None:
         raise ValueError(f"Export format '{wanted[0]}' needs adapters and the model has none. Use `ragged` or `nf4`.")
+    check_targets(folder, formats=check_formats(formats))
     Path(folder).mkdir(parents=True, exist_ok=True)
     stored = model.dtype if dtype == "auto" else getattr(torch, dtype)
     export = _Export(
@@ -228,7 +239,6 @@ class _Export:
                 f"'{cut[0]}' is cut or converted, and export format 'stock' is for uncut models. Use `padded`, or put "
                 "`stock` first."
             )
-        check_replaceable(target)
         before = probe_logits(self.model)
         with write_atomically(target) as temporary, quiet_transformers():
             copy.deepcopy(self.model).to(self.stored).save_pretrained(temporary)  # pyright: ignore

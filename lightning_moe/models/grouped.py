@@ -5,6 +5,7 @@ T tokens, K experts per token, S = T*K routed pairs sorted by expert, G experts 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ RowLoader = Callable[[int, int, torch.dtype], Tensor]
 # Dense fp32 rows of one projection in one run: some of the last-level cache; a fraction of a GPU's memory.
 _RUN_BYTES_CPU, _RUN_BYTES_GPU = 4 * 2**20, 256 * 2**20
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GROUPED_CAPABILITIES = (9, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ def expert_runs(
     """Splits the experts of one width into runs; together they hold every pair of the group, in order.
 
     A run's dense rows of one projection stay below a limit (but a run has at least one expert): on a CPU they stay in
-    the cache, on a GPU the whole group is normally one kernel. Experts without pairs are left out where that saves
+    the cache, on a GPU a run is normally the whole group. Experts without pairs are left out where that saves
     something: on a CPU always, on a GPU where rows are packed and at most half of the experts have pairs.
 
     Args:
@@ -162,9 +164,10 @@ def width_groups(sorted_widths: Sequence[int]) -> Iterator[WidthGroup]:
 def grouped_matmul(input_Sk: Tensor, weight_Gkn: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """Rows `bounds[g]:bounds[g+1]` of the input times matrix g: `[S, k] x [G, k, n] -> [S, n]`.
 
-    One call of `torch.nn.functional.grouped_mm` where its alignment (16 bytes) and types allow, else a loop of mm. The
-    width of the output counts too: it is the row stride of the gradient that backward multiplies. On a CPU that call is
-    a loop too, so `product` replaces it where that is faster.
+    One call of `torch.nn.functional.grouped_mm` where its alignment (16 bytes) and types allow and it is not a loop
+    that waits for the GPU; else a loop of mm, for which the offsets are on the host already. The width of the output
+    counts too: it is the row stride of the gradient that backward multiplies. On a CPU that call is a loop as well, so
+    `product` replaces it where that is faster.
     """
     if len(bounds) == 2:
         return product(input_Sk, weight_Gkn[0])
@@ -177,9 +180,16 @@ def grouped_matmul(input_Sk: Tensor, weight_Gkn: Tensor, bounds: tuple[int, ...]
 
 
 def grouped_outer(left_Sm: Tensor, right_Sn: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """Per group `left^T right` over its own rows: `[S, m], [S, n] -> [G, m, n]` (a weight gradient)."""
+    """Per group `left^T right` over its own rows: `[S, m], [S, n] -> [G, m, n]` (a weight gradient; 0 without rows)."""
     if len(bounds) == 2:
         return (left_Sm.T @ right_Sn).unsqueeze(0)
+    hit = [g for g, (a, b) in enumerate(pairwise(bounds)) if a < b]
+    if len(hit) < len(bounds) - 1:  # kernels differ in what they make of a sum over no rows
+        output_Gmn = left_Sm.new_zeros(len(bounds) - 1, left_Sm.shape[1], right_Sn.shape[1])
+        if not hit:
+            return output_Gmn
+        product_hmn = grouped_outer(left_Sm, right_Sn, (0, *(bounds[g + 1] for g in hit)))
+        return output_Gmn.index_copy_(0, _on_device(hit, left_Sm, dtype=torch.int64), product_hmn)
     left_mS = left_Sm.T
     if _aligned(left_mS) and _aligned(right_Sn) and left_Sm.dtype == right_Sn.dtype:
         return functional.grouped_mm(left_mS, right_Sn, offs=_offsets(bounds, left_Sm))
@@ -203,12 +213,25 @@ class FrozenGroupedMatmul(torch.autograd.Function):
 
 def _aligned(tensor: Tensor) -> bool:
     """Whether grouped_mm takes this operand: a supported type, all strides 16 bytes wide but a single unit one."""
-    if tensor.dtype not in _GROUPED_DTYPES or tensor.data_ptr() % 16:
+    if not _has_grouped_kernel(tensor.device, tensor.dtype) or tensor.data_ptr() % 16:
         return False
     narrow = [stride for stride in tensor.stride() if stride * tensor.element_size() % 16]
     return len(narrow) <= 1 and all(stride == 1 for stride in narrow)
 
 
+@cache
+def _has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """On a GPU bf16 of compute capability 9 and 10; elsewhere grouped_mm is a loop that fetches the offsets anew."""
+    if device.type == "cpu":
+        return dtype in _GROUPED_DTYPES
+    on_gpu = device.type == "cuda" and dtype == torch.bfloat16
+    return on_gpu and torch.cuda.get_device_capability(device)[0] in _GROUPED_CAPABILITIES
+
+
 def _offsets(bounds: tuple[int, ...], like: Tensor) -> Tensor:
+    return _on_device(bounds[1:], like, dtype=torch.int32)
+
+
+def _on_device(values: Sequence[int], like: Tensor, *, dtype: torch.dtype) -> Tensor:
     # A copy that does not wait for the GPU, as `torch.tensor(..., device=)` would.
-    return torch.tensor(bounds[1:], dtype=torch.int32).to(like.device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)

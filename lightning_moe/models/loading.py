@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 import lightning_moe.models.deepseek  # noqa: F401  (registers the model type)
 from lightning_moe.assets import resolve_asset
-from lightning_moe.files import read_shapes
+from lightning_moe.files import read_json, read_shapes
 from lightning_moe.models.families import family_of
 from lightning_moe.progress import quiet_transformers
 
@@ -37,7 +37,7 @@ def load_model(source: str, *, dtype: DtypeName = "auto", from_scratch: bool = F
             scratch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
             return AutoModelForCausalLM.from_config(config, dtype=scratch_dtype)
         location = _location(source)
-        for file in sorted(Path(location).glob("*.safetensors")) if _looks_like_a_path(source) else []:
+        for file in weight_files(source) if _looks_like_a_path(source) else []:
             read_shapes(file, what="file of weights")
         return _load_whole(location, dtype=torch_dtype(dtype))
 
@@ -70,7 +70,7 @@ def weight_files(source: str) -> list[Path]:
     """The safetensors files that `from_pretrained` reads; none where the weights are stored in another way.
 
     Raises:
-        ValueError: a shard is missing.
+        ValueError: a shard is missing, or their index is damaged.
     """
     single = find_file(source, "model.safetensors")
     if single is not None:
@@ -78,17 +78,33 @@ def weight_files(source: str) -> list[Path]:
     index = find_file(source, "model.safetensors.index.json")
     if index is None:
         return []
+    _check_index(index)
     with clear_errors(source):
         return [Path(file) for file in get_checkpoint_shard_files(_location(source), str(index))[0]]
 
 
+def _check_index(path: Path) -> None:
+    """Raises ValueError where an index of shards is not what transformers relies on."""
+    index = read_json(path, what="index of shards")
+    parts = index if isinstance(index, dict) else {}
+    files = parts.get("weight_map")
+    is_map = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())
+    if not is_map or not isinstance(parts.get("metadata"), dict):
+        raise ValueError(
+            f"'{path}' is not an index of shards: it must hold `weight_map`, a file name for each weight, and "
+            "`metadata`, a mapping. Write or download it again."
+        )
+
+
 def can_stream(source: str) -> bool:
-    """Whether a source is what `StockFolder` reads: neither cut nor quantised, and stored in safetensors.
+    """Whether a source is what `StockFolder` reads: neither cut, quantised nor adapted, and stored in safetensors.
 
     Raises:
-        ValueError: see `read_config`; or a shard is missing.
+        ValueError: see `read_config`; or a shard is missing, or their index is damaged.
     """
-    return "quantization_config" not in read_config(source).to_dict() and bool(weight_files(source))
+    if "quantization_config" in read_config(source).to_dict():
+        return False
+    return find_file(source, "adapter_config.json") is None and bool(weight_files(source))
 
 
 @contextmanager

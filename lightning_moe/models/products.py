@@ -26,7 +26,7 @@ _HAS_ONEDNN = _IS_X86 and torch.backends.mkldnn.is_available()
 
 
 def product(left_mk: Tensor, right_kn: Tensor) -> Tensor:
-    """`left @ right` for `[m, k]` and `[k, n]` (any strides); differentiable where autograd asks for it.
+    """`left @ right` for `[m, k]` and `[k, n]` (any strides); differentiable in reverse mode.
 
     Equal to `torch.mm` up to the order of the sums, on every device and for every type.
     """

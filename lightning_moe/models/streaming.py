@@ -5,13 +5,14 @@ own (its conversion mapping), so what is loaded here equals what `from_pretraine
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -25,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
 from lightning_moe.files import read_shapes
-from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
+from lightning_moe.models.discovery import MoeLayer, moe_layers
 from lightning_moe.models.loading import (
     DtypeName,
     can_stream,
@@ -59,13 +60,14 @@ class StockFolder:
                 f"'{source}' cannot be read part by part: it is cut or quantised already, or has no safetensors files. "
                 "Load it whole with `load_model`."
             )
-        self._source = source
+        self.source, self.dtype = source, dtype
         files = weight_files(source)
         for file in files:
             read_shapes(file, what="file of weights")
         # Plain reads: pages of a mapped file would stay in the process's memory.
-        opened = [safe_open(str(file), framework="pt", backend="pread") for file in files]
-        self._stored = {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118
+        opened = {file: safe_open(str(file), framework="pt", backend="pread") for file in files}
+        self._files = {key: file for file in files for key in opened[file].keys()}  # noqa: SIM118
+        self._stored = {key: opened[file].get_slice(key) for key, file in self._files.items()}
         self.model = _meta_model(source, stored=self._stored, dtype=dtype)
         self._conversions: list[Any] = get_model_conversion_mapping(self.model)
         self._keys = self._keys_by_name()
@@ -80,36 +82,43 @@ class StockFolder:
         """Loads the weights below a module that are still on the meta device ("" is the whole model).
 
         Raises:
-            ValueError: a weight is NaN or infinite, or cannot be read.
+            ValueError: a weight cannot be read.
         """
         prefix = f"{module_name}." if module_name else ""
         names = [name for name, tensor in self.model.state_dict().items() if tensor.is_meta and name.startswith(prefix)]
         keys = {name: self._keys[name] for name in names if name in self._keys}  # a tied weight is stored once
-        self._read(key for by_pattern in keys.values() for own in by_pattern.values() for key in own)
-        self._check_finite(keys)
+        self._read({key: self._stored[key] for own in keys.values() for stored in own.values() for key in stored})
 
     def expert_chunks(self, layer: MoeLayer, *, size: int) -> list[tuple[int, int]]:
-        """Ranges of at most `size` experts for `load_experts`; one of all where they are stored as one tensor."""
-        num_experts = len(expert_widths(layer.experts))
+        """Ranges of at most `size` experts for `load_experts`; one of all where they are stored in an unknown way."""
+        num_experts = self._num_experts(layer)
         stored = [keys for name in _FUSED for keys in self._keys[f"{layer.name}.{name}"].values()]
-        size = size if all(len(keys) == num_experts for keys in stored) else num_experts
+        in_parts = (len(keys) == num_experts or self._stored[keys[0]].get_shape()[0] == num_experts for keys in stored)
+        size = size if all(in_parts) else num_experts
         return [(first, min(first + size, num_experts)) for first in range(0, num_experts, size)]
 
     def load_experts(self, layer: MoeLayer, *, first: int, last: int) -> None:
         """Loads the experts `first` to `last - 1` of a layer: its stock experts module then holds these alone.
 
         Raises:
-            ValueError: a weight is NaN or infinite, or cannot be read.
+            ValueError: a weight cannot be read.
         """
-        keys: list[str] = []
+        parts: dict[str, Any] = {}
         for name in _FUSED:
             stock = layer.experts.get_parameter(name)
             empty = torch.empty(last - first, *stock.shape[1:], dtype=stock.dtype, device="meta")
             layer.experts.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-            for stored in self._keys[f"{layer.name}.{name}"].values():
-                keys += stored if len(stored) == 1 else sorted(stored, key=dot_natural_key)[first:last]
-        self._read(keys)
-        self._check_finite(f"{layer.name}.{name}" for name in _FUSED)
+            for keys in self._keys[f"{layer.name}.{name}"].values():
+                if last - first == self._num_experts(layer):
+                    parts |= {key: self._stored[key] for key in keys}
+                elif len(keys) == 1:  # all experts in one tensor
+                    parts[keys[0]] = _Rows(self._files[keys[0]], keys[0], first=first, last=last)
+                else:
+                    parts |= {key: self._stored[key] for key in sorted(keys, key=dot_natural_key)[first:last]}
+        self._read(parts)
+
+    def _num_experts(self, layer: MoeLayer) -> int:
+        return int(getattr(self.model.config.get_text_config(), layer.family.expert_count))
 
     def finish(self) -> PreTrainedModel:
         """Loads what is left, ties shared weights and computes the buffers that no checkpoint holds.
@@ -118,7 +127,7 @@ class StockFolder:
             The model, in eval mode.
 
         Raises:
-            ValueError: a weight is NaN or infinite, or cannot be read.
+            ValueError: a weight cannot be read.
         """
         self.load("")
         tied = self.model.all_tied_weights_keys
@@ -144,26 +153,35 @@ class StockFolder:
             keys[name][key if pattern is None else pattern].append(key)
         return dict(keys)
 
-    def _read(self, keys: Iterable[str]) -> None:
-        stored = {key: self._stored[key] for key in keys}
+    def _read(self, stored: Mapping[str, Any]) -> None:
         settings = LoadStateDictConfig(dtype=self.model.dtype, weight_mapping=self._conversions)
-        with clear_errors(self._source), _without_bars():
-            convert_and_load_state_dict_in_model(self.model, stored, settings)
+        with clear_errors(self.source), _without_bars():
+            convert_and_load_state_dict_in_model(self.model, dict(stored), settings)
 
-    def _check_finite(self, names: Iterable[str]) -> None:
-        for name in names:
-            value: Any = self.model.get_parameter_or_buffer(name)
-            # One NaN makes both ends NaN; forty times as fast as asking each value.
-            if value.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(value))).all()):
-                raise ValueError(
-                    f"'{name}' of '{self._source}' holds NaN or infinity, which 4-bit codes would hide. "
-                    "Write or download the checkpoint again."
-                )
+
+class _Rows:
+    """The rows `first` to `last - 1` of a stored tensor, read when transformers asks for `[...]`.
+
+    A plain read would take the whole tensor; a map, of which only these rows are touched, ends with the call.
+    """
+
+    def __init__(self, file: Path, key: str, *, first: int, last: int) -> None:
+        self._file, self._key, self._rows = file, key, slice(first, last)
+
+    def __getitem__(self, every: Any) -> Tensor:
+        with safe_open(str(self._file), framework="pt") as mapped:
+            return mapped.get_slice(self._key)[self._rows][every].clone()
 
 
 def _meta_model(source: str, *, stored: Mapping[str, Any], dtype: DtypeName) -> PreTrainedModel:
     """What `from_pretrained` makes of tensors of the stored names, shapes and types that have no content."""
     config = read_config(source)
+    for key, part in stored.items():
+        if part.get_dtype() not in str_to_torch_dtype:
+            raise ValueError(
+                f"'{key}' of '{source}' is stored as {part.get_dtype()}, which transformers does not read. "
+                f"It reads {', '.join(str_to_torch_dtype)}."
+            )
     empty = {
         key: torch.empty(part.get_shape(), dtype=str_to_torch_dtype[part.get_dtype()], device="meta")
         for key, part in stored.items()
@@ -183,10 +201,19 @@ def _meta_model(source: str, *, stored: Mapping[str, Any], dtype: DtypeName) -> 
     model, report = loaded
     check_complete(report, source=source)
     model.config.name_or_path = config.name_or_path
-    generation = find_file(source, "generation_config.json")
-    if generation is not None:
-        model.generation_config = GenerationConfig.from_pretrained(generation.parent)
+    model.generation_config = _generation_config(source)
     return model
+
+
+def _generation_config(source: str) -> GenerationConfig:
+    """The one `from_pretrained` takes: made of the model's config where there is none or it cannot be read."""
+    find_file(source, "generation_config.json")  # downloads it
+    config = find_file(source, "config.json")
+    assert config is not None
+    try:
+        return GenerationConfig.from_pretrained(config.parent)
+    except OSError:
+        return GenerationConfig.from_pretrained(config.parent, "config.json", _from_model_config=True)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.quantization.nf4 import check_hidden_size, pack_experts
+from lightning_moe.quantization.rounding import check_finite
 
 # On CPUs with AVX512-BF16 bitsandbytes would repack the weight in place in eval mode, which then cannot be saved.
 _KEEP_LAYOUT = {"support_avx512bf16_for_cpu": False}
@@ -41,7 +42,12 @@ def quantize_model(model: PreTrainedModel) -> None:
 
 
 def pack_linear(linear: nn.Linear) -> Linear4bit:
-    """The same layer in NF4. Params4bit quantises when it is moved to a device, its own included."""
+    """The same layer in NF4. Params4bit quantises when it is moved to a device, its own included.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
+    """
+    check_finite(linear.weight.detach(), what="A Linear layer that goes to 4 bit", advice="Look for what damaged it.")
     packed = empty_linear4bit(linear)
     packed.weight = Params4bit(
         linear.weight.detach().contiguous(),

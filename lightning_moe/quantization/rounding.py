@@ -12,8 +12,19 @@ _VALUES_AT_A_TIME = 2**18
 _SMALLEST = 1e-38  # of a block's largest value: what bitsandbytes divides a block of zeros by
 
 
+def check_finite(weight: Tensor, *, what: str, advice: str) -> None:
+    """Refuses NaN and infinity: 4-bit codes would spread them over their row, or hide them.
+
+    Raises:
+        ValueError: `what` holds one; `advice` says what to do.
+    """
+    # One NaN makes both ends NaN; forty times as fast as asking each value.
+    if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+        raise ValueError(f"{what} holds NaN or infinity, for which there is no 4-bit code. {advice}")
+
+
 def quantize_rows(weight_CH: Tensor) -> tuple[Tensor, Tensor]:
-    """What `quantize_4bit(weight_CH.float(), blocksize=64, quant_type="nf4")` of bitsandbytes gives, bit for bit.
+    """Finite rows as `quantize_4bit(weight_CH.float(), blocksize=64, quant_type="nf4")` of bitsandbytes, bit for bit.
 
     On the CPU bitsandbytes searches each value in the table and keeps temporaries of the whole matrix. Here a code is
     counted, `sum_i [w / absmax > midpoint_i]` over the 15 midpoints between neighbouring NF4 values, a few rows at a
@@ -24,7 +35,19 @@ def quantize_rows(weight_CH: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Codes, uint8 `[C, H/2]`, and the largest absolute value of each block, fp32 `[C, B]`.
+
+    Raises:
+        ValueError: a row holds NaN or infinity.
     """
+    codes, absmax_CB = _quantize(weight_CH)
+    largest = absmax_CB if weight_CH.device.type == "cpu" else weight_CH  # a GPU's maximum passes over NaN
+    what = f"A weight of type {weight_CH.dtype} that goes to 4 bit"
+    check_finite(largest, what=what, advice="Load the model in `bfloat16` or `float32`, or look for what damaged it.")
+    return codes, absmax_CB
+
+
+def _quantize(weight_CH: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and maxima; the maximum of a block with NaN is NaN."""
     num_rows, hidden_size = weight_CH.shape
     codes = torch.empty(num_rows, hidden_size // 2, dtype=torch.uint8, device=weight_CH.device)
     absmax_CB = torch.empty(num_rows, hidden_size // BLOCK_SIZE, device=weight_CH.device)

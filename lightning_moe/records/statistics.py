@@ -205,6 +205,8 @@ class CalibrationStatistics:
     def load(cls, path: str | Path) -> Self:
         """Opens what `save` wrote: everything is checked, and a tensor takes memory only while it is used.
 
+        The file stays open: `save` may replace it meanwhile, but nothing else should write into it.
+
         Raises:
             ValueError: the file is missing, broken, or holds something else; the message names the file.
         """
@@ -217,7 +219,7 @@ class CalibrationStatistics:
             for key in tensors:
                 role, index, name, *corpus = key.split("|", maxsplit=3)
                 target = corpora[corpus[0]] if role == "corpus" else weights
-                target[int(index)][name] = partial(tensors.__getitem__, key)
+                target[_layer_index(index, layers=target, key=key)][name] = partial(tensors.__getitem__, key)
             return cls(
                 shape=shape,
                 corpora={corpus: tuple(map(LazyTensors, layers)) for corpus, layers in corpora.items()},
@@ -225,6 +227,12 @@ class CalibrationStatistics:
             )
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"'{path}' does not hold valid {_KIND}: {error} Calibrate again.") from error
+
+
+def _layer_index(index: str, *, layers: Sequence[object], key: str) -> int:
+    if index not in map(str, range(len(layers))):
+        raise ValueError(f"'{key}' must be of one of the layers 0 to {len(layers) - 1}, got {index!r}.")
+    return int(index)
 
 
 def _check_names(statistics: Mapping[str, Tensor], *, where: str) -> None:

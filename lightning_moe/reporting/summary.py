@@ -99,9 +99,10 @@ class Summary:
             ValueError: something is missing or is no number; the message names the place.
         """
         whole = _mapping(content, where="The summary")
-        if "dense" not in whole:
+        if whole.get("dense") is None:
             raise ValueError(
-                f"The summary needs the key 'dense', got {sorted(whole)}. Evaluate the unpruned model too."
+                "The report compares with a row named `dense`, and there is none: run `evaluate --name dense` on the "
+                "unpruned model."
             )
         named = {key: value for key, value in whole.items() if isinstance(value, Mapping) and "nll" in value}
         control = {"control": named.pop("control")} if "control" in named else {}

@@ -227,8 +227,8 @@ class _SplitGram:
         return _SplitGram(kk=self.kk + other.kk, kd=self.kd + other.kd, dd=self.dd + other.dd)
 
     def unrepaired_error(self, weight_dd: Tensor) -> Tensor:
-        """`tr(W_d^T G_dd W_d)`."""
-        return (self.dd * weight_dd).sum()
+        """`tr(W_d^T G_dd W_d)`, summed in float64."""
+        return (self.dd * weight_dd).sum(dtype=torch.float64)
 
     def ridge_strength(self, ridge: float) -> Tensor:
         """`lambda m`."""
@@ -245,8 +245,10 @@ class _RidgeFit:
     """`S = (G_kk + lambda m I)^-1 G_kd` for all ridges from one eigendecomposition `G_kk = U diag(v) U^T`.
 
     With `P = U^T G_kd` and `s = 1 / (v + lambda m)` it is `S = U diag(s) P`, so the error `tr(D^T B D)` of the new rows
-    on any Gram B, `D = [S W_d; -W_d]`, is a quadratic in s: `s^T Q s - 2 r^T s + const`. In the Gram's own type: these
-    errors only choose between ridges, and a float32 Gram holds no more digits.
+    on any Gram B, `D = [S W_d; -W_d]`, is a quadratic in s: `s^T Q s - 2 r^T s + const`. The terms may be 10^8 times
+    their sum, so they are added in float64; products and eigenvectors have the Gram's own type. With a float32 Gram,
+    errors below some 10^-7 of the one without repair are therefore noise. Where a few tokens are a thousand times as
+    large as the others, even larger ones may be several per cent off: the others are the Gram's last digits.
     """
 
     def __init__(self, gram: _SplitGram, *, weight_dd: Tensor, ridges: Sequence[float]) -> None:
@@ -257,10 +259,11 @@ class _RidgeFit:
         self.inverse_Lk = 1 / (value_k.clamp_min(0) + strength_L.unsqueeze(1))
 
     def errors_on(self, gram: _SplitGram) -> Tensor:
-        """Error of each ridge's rows on another Gram, `[L]`."""
+        """Error of each ridge's rows on another Gram, float64 `[L]`, at least 0."""
         basis_kk, weighted_kd = self.basis_kk, self.projected_kd @ self.weight_dd
         turned_kk = basis_kk.T @ gram.kk @ basis_kk
-        quadratic_kk = turned_kk * (weighted_kd @ self.projected_kd.T)
-        linear_k = ((basis_kk.T @ gram.kd) * weighted_kd).sum(1)
-        quadratic_L = ((self.inverse_Lk @ quadratic_kk) * self.inverse_Lk).sum(1)
-        return quadratic_L - 2 * self.inverse_Lk @ linear_k + gram.unrepaired_error(self.weight_dd)
+        quadratic_kk = (turned_kk * (weighted_kd @ self.projected_kd.T)).double()
+        linear_k = ((basis_kk.T @ gram.kd) * weighted_kd).sum(1, dtype=torch.float64)
+        inverse_Lk = self.inverse_Lk.double()
+        quadratic_L = ((inverse_Lk @ quadratic_kk) * inverse_Lk).sum(1)
+        return (quadratic_L - 2 * inverse_Lk @ linear_k + gram.unrepaired_error(self.weight_dd)).clamp_min(0)

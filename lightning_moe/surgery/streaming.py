@@ -14,6 +14,7 @@ from lightning_moe.models.streaming import StockFolder
 from lightning_moe.progress import hidden
 from lightning_moe.quantization.linears import linears_to_pack, pack_linear
 from lightning_moe.quantization.nf4 import PackedRows, check_hidden_size, pack_experts
+from lightning_moe.quantization.rounding import check_finite
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.cut import cut_layer, select_rows, to_channel_experts
 
@@ -41,8 +42,8 @@ def quantize_folder(
         The packed model on the CPU, frozen, in eval mode.
 
     Raises:
-        ValueError: the folder is damaged or not stock, a weight is NaN, the hidden size is not a multiple of 64, or the
-            plan was made for another model.
+        ValueError: the folder is damaged or not stock, a weight that would be packed is NaN or infinite, the hidden
+            size is not a multiple of 64, or the plan was made for another model.
     """
     folder = StockFolder(source, dtype=dtype)
     model, layers = folder.model, moe_layers(folder.model)
@@ -56,9 +57,9 @@ def quantize_folder(
         if name in by_decoder:
             _pack_layer(folder, by_decoder[name], keep_C=None if plan is None else plan.keep[by_decoder[name].index])
         folder.load(name)
-        _pack_linears(model, below=f"{name}.")
+        _pack_linears(folder, below=f"{name}.")
     folder.finish()
-    _pack_linears(model, below="")
+    _pack_linears(folder, below="")
     if plan is not None:
         log.info("%s", plan.summary())
     return model.requires_grad_(False)
@@ -78,6 +79,8 @@ def _pack_layer(folder: StockFolder, layer: MoeLayer, *, keep_C: Tensor | None) 
         folder.load_experts(layer, first=first, last=last)
         part, keep = to_channel_experts(stock), torch.cat(keep_by_expert[first:last])
         part, _ = select_rows(part, keep_C=keep, kept_experts=list(range(last - first)))
+        for name, weight in part.named_parameters():
+            _check_finite(weight, name=f"{layer.name}.{name}", folder=folder)
         pack_experts(part)
         _place(part, into=packed, first=first)
     layer.block.set_submodule(layer.family.experts, packed)
@@ -95,8 +98,16 @@ def _place(part: ChannelExperts, *, into: ChannelExperts, first: int) -> None:
             tensor[target_C] = stored[key][source_C]
 
 
-def _pack_linears(model: PreTrainedModel, *, below: str) -> None:
-    for name in linears_to_pack(model):
-        linear = model.get_submodule(name)
+def _pack_linears(folder: StockFolder, *, below: str) -> None:
+    for name in linears_to_pack(folder.model):
+        linear = folder.model.get_submodule(name)
         if name.startswith(below) and isinstance(linear, nn.Linear):
-            model.set_submodule(name, pack_linear(linear))
+            _check_finite(linear.weight, name=f"{name}.weight", folder=folder)
+            folder.model.set_submodule(name, pack_linear(linear))
+
+
+def _check_finite(weight: Tensor, *, name: str, folder: StockFolder) -> None:
+    advice = "The checkpoint is damaged: write or download it again."
+    if folder.dtype != "auto":
+        advice = f"Its numbers do not fit `dtype: {folder.dtype}`, or the checkpoint is damaged: try `dtype: auto`."
+    check_finite(weight.detach(), what=f"'{name}' of '{folder.source}'", advice=advice)
