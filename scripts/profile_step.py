@@ -49,8 +49,15 @@ def shipped_step() -> tuple[PreTrainedModel, Callable[[], None]]:
 
 def large_step() -> tuple[PreTrainedModel, Callable[[], None]]:
     """A model of one layer with random weights; 512 tokens give each of its experts 32 routed pairs on average."""
-    config = Qwen3MoeConfig(
-        vocab_size=1024,
+    return recovery_step(
+        Qwen3MoeForCausalLM(large_config(vocab_size=1024)).eval(), torch.randint(1024, (1, 512)), rank=32
+    )
+
+
+def large_config(*, vocab_size: int) -> Qwen3MoeConfig:
+    """One decoder layer of Qwen3-30B-A3B's shape."""
+    return Qwen3MoeConfig(
+        vocab_size=vocab_size,
         hidden_size=2048,
         num_hidden_layers=1,
         num_attention_heads=32,
@@ -63,7 +70,6 @@ def large_step() -> tuple[PreTrainedModel, Callable[[], None]]:
         mlp_only_layers=[],
         decoder_sparse_step=1,
     )
-    return recovery_step(Qwen3MoeForCausalLM(config).eval(), torch.randint(1024, (1, 512)), rank=32)
 
 
 def recovery_step(model: PreTrainedModel, ids: Tensor, *, rank: int) -> tuple[PreTrainedModel, Callable[[], None]]:

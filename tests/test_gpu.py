@@ -13,7 +13,7 @@ import pytest
 import torch
 from cli_runs import quickstart, save_job
 from tiny_models import random_tokens, tiny_model
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from lightning_moe.adapters.groups import trainable_groups
 from lightning_moe.adapters.inject import AdapterConfig, inject_adapters
@@ -25,6 +25,7 @@ from lightning_moe.models.loading import load_model
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.quantization.nf4 import PackedRows
 from lightning_moe.surgery.cut import apply_plan
+from scripts.profile_step import large_config
 
 log = logging.getLogger(__name__)
 
@@ -165,23 +166,9 @@ def test_grouped_products_with_experts_that_have_no_pairs(dtype):
 
 def test_a_layer_of_qwen3_30b_goes_through_the_whole_job():
     """128 experts x 768 channels, hidden 2048, top-8: calibrate, cut half, pack, DoRA steps; peak memory and time."""
-    config = Qwen3MoeConfig(
-        vocab_size=4096,
-        hidden_size=2048,
-        num_hidden_layers=1,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        mlp_only_layers=[],
-        decoder_sparse_step=1,
-    )
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
+        model = Qwen3MoeForCausalLM(large_config(vocab_size=4096)).to(torch.bfloat16).eval()
     ids = torch.randint(4096, (4, 1024))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     statistics = timed("calibrate 4,096 tokens", collect_statistics, model, loaders={"text": [batch]}, progress=False)

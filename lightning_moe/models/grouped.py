@@ -72,11 +72,6 @@ class WidthGroup:
         """Rows of the block."""
         return self.num_experts * self.width
 
-    @property
-    def last_row(self) -> int:
-        """One past the last row."""
-        return self.first_row + self.num_rows
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertRun:
