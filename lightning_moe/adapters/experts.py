@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from lightning_moe.adapters.functional import adapted_norm, adapted_weight, squared_norms
+from lightning_moe.adapters.functional import adapted_norm, safe_norm, squared_norms
 from lightning_moe.adapters.norms import BaseNorms, NormCache, versions, weights_key
 from lightning_moe.adapters.step import SIDES, Call, Piece, adapted_experts
 from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows
@@ -85,7 +85,7 @@ class DoraExperts(nn.Module, LoraLayer):
         self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = r, lora_alpha, lora_alpha / r
         self.use_dora[adapter_name] = config.use_dora
         for name, value in self._initial_parameters(r, use_dora=config.use_dora).items():
-            self._parameter_dict(name)[adapter_name] = nn.Parameter(value)
+            self.parameters_of(name)[adapter_name] = nn.Parameter(value)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _initial_parameters(self, r: int, *, use_dora: bool) -> dict[str, Tensor]:
@@ -114,7 +114,8 @@ class DoraExperts(nn.Module, LoraLayer):
 
     def base_sq(self) -> Mapping[str, Tensor]:
         """Squared norms of the base's outputs in fp32 (fp64 where the base is): gate and up `[C]`, down `[E, H]`."""
-        key = versions(self.experts.state_dict(keep_vars=True))
+        # Not `state_dict`: under FSDP2 that gives up the layer that was put together for this forward.
+        key = versions(dict(self.experts.named_parameters()))
         return self._base_norms.refresh(key=key, compute=self._squared_base_norms)
 
     def _squared_base_norms(self) -> dict[str, Tensor]:
@@ -191,10 +192,11 @@ class DoraExperts(nn.Module, LoraLayer):
 
     def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by the names in the class's description."""
-        dicts = {name: self._parameter_dict(name) for name in self.adapter_layer_names}
+        dicts = {name: self.parameters_of(name) for name in self.adapter_layer_names}
         return {name: parameters[adapter] for name, parameters in dicts.items() if adapter in parameters}
 
-    def _parameter_dict(self, name: str) -> nn.ParameterDict:
+    def parameters_of(self, name: str) -> nn.ParameterDict:
+        """The parameters called `name` of all adapters, by adapter."""
         return self.get_submodule(name)  # pyright: ignore[reportReturnType]
 
     def adapter_in_use(self) -> str | None:
@@ -224,12 +226,11 @@ class DoraExperts(nn.Module, LoraLayer):
             norm_EH[piece.slots] = adapted_norm(torch.bmm(A_Gri, weight_Gio), A_Gri, B_Gor, base_sq_Go, scaling)
         return norm_EH
 
-    def rebuilt(self, base: ChannelExperts, adapter: str) -> "DoraExperts":
-        """A fresh layer around another base with an adapter of the same name, rank, scaling and trainability."""
-        trainable = any(parameter.requires_grad for parameter in self.adapter_parameters(adapter).values())
-        config = LoraConfig(use_dora=self.use_dora[adapter], inference_mode=not trainable)
-        fresh = DoraExperts(base, adapter, config, r=self.r[adapter], lora_alpha=self.lora_alpha[adapter])
-        return fresh.train(self.training)
+    def replace_base(self, base: ChannelExperts) -> None:
+        """Sets other experts under the adapters, whose parameters have that shape already."""
+        self.base_layer = base
+        self._base_norms = BaseNorms()
+        self._norms.clear()
 
     @torch.no_grad()
     def merged_experts(self, *, dtype: torch.dtype) -> ChannelExperts:
@@ -242,17 +243,47 @@ class DoraExperts(nn.Module, LoraLayer):
             rows = experts.projection(name)
             merged = rows.rows(0, rows.shape[0], dtype) if adapter is None else self._merged_rows(adapter, side, dtype)
             setattr(dense, name, DenseRows(merged))
+        dense.origin = experts.origin
         return dense.train(experts.training)
 
+    @torch.no_grad()
+    def merged_expert_rows(self, expert: int, side: str, *, dtype: torch.dtype) -> Tensor:
+        """One expert's projection (`gate`, `up` or `down`) with the active adapter merged in, as rows `[n, H]`."""
+        experts, adapter = self.experts, self.adapter_in_use()
+        start, stop = experts.row_range(expert)
+        if adapter is None or start == stop:
+            return experts.projection(PROJECTIONS[SIDES.index(side)]).rows(start, stop, dtype)
+        slot = experts.slot_order.index(expert)
+        piece = Piece(
+            width=stop - start,
+            bounds=(0, 0),
+            pairs=slice(0, 0),
+            slots=slice(slot, slot + 1),
+            rows=slice(start, stop),
+        )
+        return self._merged_piece(piece, adapter, side, dtype)
+
     def _merged_rows(self, adapter: str, side: str, dtype: torch.dtype) -> Tensor:
-        experts, parameters = self.experts, self.adapter_parameters(adapter)
-        merged_CH = self._like_norms().new_empty(sum(experts.widths), experts.hidden_size, dtype=dtype)
+        merged_CH = self._like_norms().new_empty(sum(self.experts.widths), self.experts.hidden_size, dtype=dtype)
         for piece in self.pieces():
-            low_rank, weight_Goi = piece.low_rank(side, parameters), self.wide_weight(piece, side).transpose(1, 2)
-            weight_Goi = adapted_weight(weight_Goi, *low_rank, self.scaling[adapter])
-            rows_GnH = weight_Goi.transpose(1, 2) if side == "down" else weight_Goi
-            merged_CH[piece.rows] = rows_GnH.reshape(-1, experts.hidden_size).to(dtype)
+            merged_CH[piece.rows] = self._merged_piece(piece, adapter, side, dtype)
         return merged_CH
+
+    def _merged_piece(self, piece: Piece, adapter: str, side: str, dtype: torch.dtype) -> Tensor:
+        """Rows of a run's experts, one after the other, merged in fp32: `adapted_weight` in the layout of the rows."""
+        A_Gri, B_Gor, magnitude_Go = piece.low_rank(side, self.adapter_parameters(adapter))
+        weight_Gio, inputs = self.wide_weight(piece, side), 1 if side == "down" else 2
+        if side == "down":
+            rows_GnH, left, right = weight_Gio, A_Gri.transpose(1, 2), B_Gor.transpose(1, 2)
+        else:
+            rows_GnH, left, right = weight_Gio.transpose(1, 2), B_Gor, A_Gri
+        rows_GnH = torch.baddbmm(
+            rows_GnH, left.to(rows_GnH.dtype), right.to(rows_GnH.dtype), alpha=self.scaling[adapter]
+        )
+        if magnitude_Go is not None:
+            norm_Go = rows_GnH.square().sum(inputs).sqrt()
+            rows_GnH.mul_((magnitude_Go / safe_norm(norm_Go)).unsqueeze(inputs))
+        return rows_GnH.reshape(-1, self.experts.hidden_size).to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: a packed base cannot hold a merged weight exactly.

@@ -32,10 +32,12 @@ def weights_key(tensors: Mapping[str, Tensor]) -> object:
 def versions(tensors: Mapping[str, Tensor]) -> object:
     """What changes when tensors are changed in place, replaced, cast or moved, also by `.data =`; to be compared.
 
-    Memory is told apart by weak references: an address, or the id of a tensor, may be given out again.
+    Memory is told apart by weak references: an address, or the id of a tensor, may be given out again. FSDP2 frees and
+    fills the memory of one storage layer by layer, at changing addresses; that is no change. Nor does it show a change
+    of what it fills it with, which optimizer steps and `train()` bring about (`weights_key`, `DoraExperts`).
     """
     return tuple(
-        (name, StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), tensor.dtype, _version(tensor))
+        (name, StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.dtype, _version(tensor))
         for name, tensor in tensors.items()
     )
 

@@ -5,9 +5,11 @@ With stock PEFT only: `import lightning_moe`, load the base with `AutoModelForCa
 layer classes serve experts and routers, so without `config=` it refuses the folder.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,6 +22,8 @@ from lightning_moe.files import read_json, read_tensors, write_atomically, write
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+# Where a config came from, not what it says.
+_WHERE = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision")
 AdapterDtype = Literal["float32", "float16"]
 
 
@@ -84,8 +88,32 @@ def adapter_config_of(folder: str | Path, *, model: PreTrainedModel) -> LoraConf
         ValueError: the file is missing, unreadable, or not a LoRA config.
     """
     content = read_json(Path(folder) / CONFIG_NAME, what="adapter config")
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA" or "target_modules" not in content:
-        raise ValueError(f"'{folder}/{CONFIG_NAME}' is not the config of a LoRA or DoRA adapter.")
+    return _config_of(content, model=model, source=f"{folder}/{CONFIG_NAME}")
+
+
+def adapter_settings(model: PreTrainedModel) -> dict[str, Any] | None:
+    """PEFT's settings of the one LoRA or DoRA adapter that is in a model, plain types; None where there is not one."""
+    configs = vars(model).get("peft_config", {})
+    if len(configs) != 1 or not isinstance(config := next(iter(configs.values())), LoraConfig):
+        return None
+    settings = {key: value for key, value in config.to_dict().items() if value is not None and key not in _WHERE}
+    return json.loads(json.dumps(settings, default=sorted))  # sets
+
+
+def add_adapter(model: PreTrainedModel, *, settings: Mapping[str, Any]) -> PeftModel:
+    """Puts an adapter with these settings (`adapter_settings`) into a model, in place; it begins at random.
+
+    Raises:
+        ValueError: the settings are not those of a LoRA or DoRA adapter.
+    """
+    peft_model = get_peft_model(model, _config_of(settings, model=model, source="The checkpoint's `adapter`"))
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def _config_of(content: object, *, model: PreTrainedModel, source: str) -> LoraConfig:
+    if not isinstance(content, Mapping) or content.get("peft_type") != "LORA" or "target_modules" not in content:
+        raise ValueError(f"'{source}' is not the config of a LoRA or DoRA adapter.")
     known = {field.name for field in fields(MoeLoraConfig) if field.init}
     values = {key: value for key, value in content.items() if key in known and value is not None}
     return register_layers(MoeLoraConfig(**values), model)

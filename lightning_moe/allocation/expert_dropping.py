@@ -1,6 +1,6 @@
 """Whole experts go, the same share in every layer: the baseline of REAP and its relatives."""
 
-# C channels of a layer, E experts
+# C channels of a layer, E experts, P experts that have channels
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from lightning_moe.records import ExpertScores, LayerShape
 def drop_experts(scores: ExpertScores, *, prune_ratio: float) -> tuple[Tensor, ...]:
     """Every layer keeps its `round((1 - prune_ratio) * E)` best experts whole.
 
-    Experts that a router with groups needs in each group come first, then the best of all others.
+    Where experts differ in width, as after a cut, it keeps as many of the best as come nearest to that share of the
+    layer's channels. Experts that a router with groups needs in each group come first, then the best of all others.
 
     Args:
         scores: Expert scores; only their order inside a layer counts.
@@ -38,13 +39,21 @@ def drop_experts(scores: ExpertScores, *, prune_ratio: float) -> tuple[Tensor, .
 def _keep_best(layer: LayerShape, *, score_E: Tensor, prune_ratio: float) -> Tensor:
     width_E = torch.tensor(layer.widths)
     num_present = int((width_E > 0).sum())
-    num_kept = round((1 - prune_ratio) * num_present)
     reserved_E = reserve_experts(layer, preferences=(score_E,), available_E=width_E > 0)
+    order_E = order_by(reserved_E.long(), (width_E > 0).long(), score_E)
+    num_kept = _num_kept(width_E[order_E][:num_present], keep_ratio=1 - prune_ratio)
     if num_kept < int(reserved_E.sum()):
         raise ValueError(
             f"{layer.name}: `prune_ratio`={prune_ratio} keeps {num_kept} of {num_present} experts, but "
             f"{int(reserved_E.sum())} must stay (top_k={layer.top_k}, num_groups={layer.num_groups}). Prune less."
         )
     keep_E = torch.zeros_like(reserved_E)
-    keep_E[order_by(reserved_E.long(), (width_E > 0).long(), score_E)[:num_kept]] = True
+    keep_E[order_E[:num_kept]] = True
     return keep_E.repeat_interleave(width_E)
+
+
+def _num_kept(width_P: Tensor, *, keep_ratio: float) -> int:
+    """How many of the first experts stay; `width_P` are their widths, best first."""
+    if len(width_P.unique()) == 1:
+        return round(keep_ratio * len(width_P))
+    return int((width_P.cumsum(0) - keep_ratio * width_P.sum()).abs().argmin()) + 1

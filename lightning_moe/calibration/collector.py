@@ -4,7 +4,7 @@ B sequences, S tokens of one, T = B*S tokens, K experts per token, E experts, H 
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lightning_moe.calibration.measure import CountedTokens, LayerMeasurement, OutputBuffer, router_sums, weight_norms
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
+from lightning_moe.calibration.processes import ALONE, Processes, reduce_sums
 from lightning_moe.models.discovery import MoeLayer, model_shape, moe_layers
 from lightning_moe.progress import hidden
 from lightning_moe.records import CalibrationStatistics
@@ -98,6 +99,21 @@ class CalibrationCollector(LayerObserver):
             self._check_finite(corpus)
         finally:
             self._corpus = self._mask = self._tokens = self._outputs = self._current = None
+
+    def reduce(self, processes: Processes) -> None:
+        """Adds up over processes that each ran their batches; all then hold the same sums. Each calls this once."""
+        if processes.size == 1:
+            return
+        shapes: dict[str, list[dict[str, torch.Size]]] = {}
+        for known in processes.gather({corpus: _shapes(layers) for corpus, layers in self._sums.items()}):
+            shapes |= known
+        for corpus in sorted(shapes):
+            layers = self._sums.setdefault(corpus, [{} for _ in self.layers])
+            for layer, sums, wanted in zip(self.layers, layers, shapes[corpus], strict=True):
+                device = next(layer.experts.parameters()).device
+                for name, size in wanted.items():
+                    sums.setdefault(name, torch.zeros(size, dtype=torch.float64, device=device))
+                reduce_sums(sums, processes=processes)
 
     def statistics(self) -> CalibrationStatistics:
         """Everything that was added up so far.
@@ -192,6 +208,10 @@ class CalibrationCollector(LayerObserver):
             )
 
 
+def _shapes(layers: Sequence[Mapping[str, Tensor]]) -> list[dict[str, torch.Size]]:
+    return [{name: value.shape for name, value in sums.items()} for sums in layers]
+
+
 def collect_statistics(
     model: PreTrainedModel,
     *,
@@ -199,8 +219,12 @@ def collect_statistics(
     moments: bool = True,
     device: torch.device | str | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> CalibrationStatistics:
     """Runs the decoder (not the language-model head) over every corpus and returns the statistics.
+
+    Several processes run every `size`-th batch each, however many batches there are, and all get the same statistics.
+    Nobody waits for another before all have read their share; an error of one is raised in all.
 
     Args:
         model: a model of a known family.
@@ -208,6 +232,7 @@ def collect_statistics(
         moments: take the [E, H] and [E, E] sums too.
         device: where the batches go; the model's device when not given.
         progress: show a progress bar.
+        processes: those that share the batches; each has the whole model and sees the same loaders.
 
     Raises:
         ValueError: no corpus, an empty loader, a corpus of padding only, NaN or infinity in a layer.
@@ -215,29 +240,66 @@ def collect_statistics(
     if not loaders:
         raise ValueError("Calibration needs at least one corpus, got none.")
     decoder = model.get_decoder()
+    reader = TextReader(loaders, device=device or model.device, progress=progress, processes=processes)
     with CalibrationCollector(model, moments=moments) as collector:
-        for corpus, inputs in decoder_inputs(loaders, device=device or model.device, progress=progress):
-            with collector.batch(corpus=corpus, attention_mask=inputs.get("attention_mask")):
-                decoder(**inputs, use_cache=False)
+        with processes.together():
+            for corpus, inputs in reader:
+                with collector.batch(corpus=corpus, attention_mask=inputs.get("attention_mask")):
+                    decoder(**inputs, use_cache=False)
+        reader.check_not_empty()
+        collector.reduce(processes)
         return collector.statistics()
 
 
-def decoder_inputs(
-    loaders: Mapping[str, Iterable[Batch]], *, device: torch.device | str, progress: bool, title: str = "Calibrating"
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Corpus and decoder inputs of every batch, corpus by corpus, under a progress bar.
+class TextReader:
+    """Corpus and decoder inputs of every batch of this process, corpus by corpus, under a progress bar.
 
-    Raises:
-        ValueError: a loader is empty, or all tokens of a corpus are padding.
+    Args:
+        loaders: corpus name -> batches.
+        device: where the batches go.
+        progress: show a progress bar.
+        processes: those that share the batches.
+        title: what stands before the progress bar.
     """
-    for corpus, loader in loaders.items():
-        counted = num_batches = 0
-        for batch in tqdm(loader, desc=f"{title}: {corpus}", disable=hidden(progress=progress), leave=False):
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
-            mask = inputs.get("attention_mask")
-            counted += inputs["input_ids"].numel() if mask is None else int(mask.count_nonzero())
-            num_batches += 1
-            yield corpus, inputs
-        if counted == 0:
-            what = "only padding" if num_batches else "no batch"
-            raise ValueError(f"Corpus '{corpus}' has {what}. Give it text, or leave it out.")
+
+    def __init__(
+        self,
+        loaders: Mapping[str, Iterable[Batch]],
+        *,
+        device: torch.device | str,
+        progress: bool,
+        processes: Processes = ALONE,
+        title: str = "Calibrating",
+    ) -> None:
+        self.loaders = loaders
+        self.device = device
+        self.processes = processes
+        self._bar = {"disable": hidden(progress=progress and processes.rank == 0), "leave": False}
+        self._title = title
+        self._counts = torch.zeros(len(loaders), 2, dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Counts as it reads."""
+        self._counts.zero_()
+        for index, (corpus, loader) in enumerate(self.loaders.items()):
+            for batch in tqdm(self.processes.share(loader), desc=f"{self._title}: {corpus}", **self._bar):
+                inputs = {
+                    name: batch[name].to(self.device) for name in ("input_ids", "attention_mask") if name in batch
+                }
+                mask = inputs.get("attention_mask")
+                num_tokens = inputs["input_ids"].numel() if mask is None else int(mask.count_nonzero())
+                self._counts[index] += torch.tensor([1, num_tokens])
+                yield corpus, inputs
+
+    def check_not_empty(self) -> int:
+        """After reading: the tokens that count, of all processes together.
+
+        Raises:
+            ValueError: a corpus had no batch, or all its tokens are padding.
+        """
+        self.processes.sum_(self._counts)
+        for corpus, (num_batches, num_tokens) in zip(self.loaders, self._counts.tolist(), strict=True):
+            if num_tokens == 0:
+                what = "only padding" if num_batches else "no batch"
+                raise ValueError(f"Corpus '{corpus}' has {what}. Give it text, or leave it out.")
+        return int(self._counts[:, 1].sum())

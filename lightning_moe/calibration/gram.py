@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_moe.calibration.collector import Batch, decoder_inputs
+from lightning_moe.calibration.collector import Batch, TextReader
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
+from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.calibration.routed import RoutedPairs, expert_passes, inverse_energy, sum_dtype
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
 from lightning_moe.models.products import product
@@ -28,7 +29,8 @@ _GB = 2**30
 class LayerGram:
     """`sum g^2 q h h^T` over the pairs routed to each expert, separately for two halves of the tokens.
 
-    Half A is every second token of the stream (padding left out), half B the others. `q` holds the family's residual
+    Half A is every second token of each row of text (padding left out), half B the others, so that the halves depend
+    neither on how rows are batched nor on which process runs them. `q` holds the family's residual
     multiplier, so that `tr(D^T G D)` is a relative squared error of the layer's output, summed over tokens.
 
     Args:
@@ -53,6 +55,7 @@ def iterate_grams(
     memory_gb: float = 4.0,
     experts: Sequence[Sequence[int]] | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Iterator[LayerGram]:
     """Grams of all MoE layers in order, a few layers at a time: each pass over the text fills what fits in memory.
 
@@ -65,6 +68,8 @@ def iterate_grams(
         memory_gb: GiB that the Gram matrices of one pass may take.
         experts: per layer the experts whose Grams are wanted; all when not given.
         progress: show a progress bar.
+        processes: those that share the batches, as for `collect_statistics`. Grams are added up in their own type, so
+            those of several processes differ from one's in the last digits.
 
     Raises:
         ValueError: one layer alone needs more than `memory_gb`, or a corpus is empty or only padding.
@@ -75,10 +80,11 @@ def iterate_grams(
     for group in groups:
         observer = _GramObserver(model, layers=group, wanted=wanted)
         title = f"Gram matrices, layers {group[0].index}-{group[-1].index} of {len(layers)}"
-        with evaluating(model), observed(group, observer=observer):
-            for _, inputs in decoder_inputs(loaders, device=model.device, progress=progress, title=title):
+        reader = TextReader(loaders, device=model.device, progress=progress, processes=processes, title=title)
+        with processes.together(), evaluating(model), observed(group, observer=observer):
+            for _, inputs in reader:
                 observer.run_batch(inputs)
-        yield from observer.grams()
+        yield from observer.grams(num_tokens=reader.check_not_empty(), processes=processes)
 
 
 def _plan_passes(
@@ -127,9 +133,18 @@ class _GramObserver(LayerObserver):
         self.config = model.config.get_text_config()
         self.layers = layers
         self.wanted = {layer.index: frozenset(wanted[layer.index]) for layer in layers}
-        self.halves: dict[int, tuple[tuple[Tensor, ...], ...]] = {}
-        self.counts: dict[int, Tensor] = {}
-        self.num_tokens = 0
+        dtype = sum_dtype(model.dtype)
+        self.halves = {layer.index: tuple(self._zeros(layer, dtype) for _ in range(_NUM_HALVES)) for layer in layers}
+        self.counts = {
+            layer.index: torch.zeros(len(expert_widths(layer.experts)), dtype=torch.int64) for layer in layers
+        }
+
+    def _zeros(self, layer: MoeLayer, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """One half of a layer's Grams, empty for experts that are not asked for."""
+        device = next(layer.experts.parameters()).device
+        wanted = self.wanted[layer.index]
+        sizes = [width if expert in wanted else 0 for expert, width in enumerate(expert_widths(layer.experts))]
+        return tuple(torch.zeros(size, size, dtype=dtype, device=device) for size in sizes)
 
     def run_batch(self, inputs: Mapping[str, Tensor]) -> None:
         """Runs the decoder up to the last layer of this pass."""
@@ -139,15 +154,14 @@ class _GramObserver(LayerObserver):
                 self.decoder(**inputs, use_cache=False)
         except _PassDone:
             pass
-        self.num_tokens += int((self.class_T != _PADDING).sum())
 
     def _token_classes(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Tokens that are not padding, numbered through all batches: even ones 0, odd ones 1; padding 2."""
-        counted_T = torch.ones_like(inputs["input_ids"]).reshape(-1)
+        """Tokens that are not padding, numbered in their row: even ones 0, odd ones 1; padding 2."""
+        counted_BS = torch.ones_like(inputs["input_ids"])
         if "attention_mask" in inputs:
-            counted_T = (inputs["attention_mask"] != 0).reshape(-1).to(counted_T.dtype)
-        position_T = counted_T.cumsum(0) - 1 + self.num_tokens
-        return torch.where(counted_T.bool(), position_T % _NUM_HALVES, _PADDING)
+            counted_BS = (inputs["attention_mask"] != 0).to(counted_BS.dtype)
+        position_BS = counted_BS.cumsum(1) - 1
+        return torch.where(counted_BS.bool(), position_BS % _NUM_HALVES, _PADDING).reshape(-1)
 
     def run_experts(self, layer: MoeLayer, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output; keeps the hidden activations of this layer."""
@@ -169,7 +183,9 @@ class _GramObserver(LayerObserver):
         """Adds this batch's Grams; ends the pass after its last layer."""
         inverse_T, _ = inverse_energy(output_TH, scale=layer.family.output_scale(self.config))
         root_S = self.pairs.gate_S * inverse_T[self.pairs.token_S].sqrt()
-        halves = self._halves(layer, like=root_S)
+        halves, counts_E = self.halves[layer.index], self.counts[layer.index]
+        rows_E = map(self.pairs.counted_rows, range(len(counts_E)))
+        counts_E += torch.tensor([rows.stop - rows.start for rows in rows_E])
         for expert in self.wanted[layer.index] & self.hidden.keys():
             first = self.pairs.counted_rows(expert).start
             for half in range(_NUM_HALVES):
@@ -181,27 +197,17 @@ class _GramObserver(LayerObserver):
         if layer is self.layers[-1]:
             raise _PassDone
 
-    def _halves(self, layer: MoeLayer, *, like: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        num_experts = len(expert_widths(layer.experts))
-        bounds = self.pairs.routing.bounds
-        ends = torch.tensor([self.pairs.counted_rows(e).stop - bounds[e * 3] for e in range(num_experts)])
-        self.counts[layer.index] = self.counts.get(layer.index, 0) + ends
-        if layer.index not in self.halves:
-            widths = expert_widths(layer.experts)
-            sizes = [widths[e] if e in self.wanted[layer.index] else 0 for e in range(num_experts)]
-            self.halves[layer.index] = tuple(
-                tuple(like.new_zeros(size, size) for size in sizes) for _ in range(_NUM_HALVES)
-            )
-        return self.halves[layer.index]
-
-    def grams(self) -> Iterator[LayerGram]:
-        """One record a layer; memory is freed as the caller moves on."""
+    def grams(self, *, num_tokens: int, processes: Processes) -> Iterator[LayerGram]:
+        """One record a layer, added up over the processes; memory is freed as the caller moves on."""
         for layer in self.layers:
             half_a, half_b = self.halves.pop(layer.index)
+            for tensor in (*half_a, *half_b, self.counts[layer.index]):
+                if tensor.numel():
+                    processes.sum_(tensor)
             yield LayerGram(
                 layer_index=layer.index,
                 half_a=half_a,
                 half_b=half_b,
                 counts=tuple(self.counts[layer.index].tolist()),
-                num_tokens=self.num_tokens,
+                num_tokens=num_tokens,
             )

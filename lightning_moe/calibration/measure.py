@@ -18,11 +18,12 @@ from lightning_moe.calibration.routed import (
     ExpertPass,
     RoutedPairs,
     down_rows,
+    effective_matrices,
     expert_passes,
     inverse_energy,
     sum_dtype,
 )
-from lightning_moe.models.discovery import expert_matrices, expert_widths
+from lightning_moe.models.discovery import expert_widths
 from lightning_moe.models.products import product
 from lightning_moe.records.statistics import NUM_ENTROPY_BINS
 
@@ -89,7 +90,7 @@ class LayerMeasurement:
     """One layer in one forward pass: keeps its hidden activations from the experts' call to the end of the layer.
 
     Args:
-        experts: stock experts or ChannelExperts.
+        experts: stock experts, ChannelExperts or adapted ones.
         tokens: which tokens of the batch count.
         outputs: take the [E, H] and [E, E] sums too, with the routed outputs in this buffer.
     """
@@ -242,7 +243,7 @@ def weight_norms(experts: nn.Module) -> dict[str, Tensor]:
     dtype = sum_dtype(next(experts.parameters()).dtype)
     norms: Sequence[list[Tensor]] = ([], [], [])
     for expert in range(len(expert_widths(experts))):
-        for values, matrix_nH in zip(norms, expert_matrices(experts, expert, dtype=dtype), strict=True):
+        for values, matrix_nH in zip(norms, effective_matrices(experts, expert, dtype=dtype), strict=True):
             values.append(_row_sq_sums(matrix_nH.detach()))
     names = ("gate_sq_norm", "up_sq_norm", "down_sq_norm")
     return {name: torch.cat(values).cpu() for name, values in zip(names, norms, strict=True)}

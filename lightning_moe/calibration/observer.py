@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
+from lightning_moe.adapters.experts import DoraExperts
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import MoeLayer
 
@@ -36,7 +38,7 @@ def observed(layers: Sequence[MoeLayer], *, observer: LayerObserver) -> Iterator
     """Hands every forward of these layers to `observer`; everything is as before afterwards, also after an exception.
 
     Raises:
-        ValueError: weights are not in memory, or adapters are around the experts.
+        ValueError: weights are not in memory, or adapters that are not ours are around the experts.
     """
     for layer in layers:
         _check_experts(layer)
@@ -50,10 +52,10 @@ def observed(layers: Sequence[MoeLayer], *, observer: LayerObserver) -> Iterator
 
 def _check_experts(layer: MoeLayer) -> None:
     own = dict(layer.experts.named_parameters(recurse=False))
-    if not isinstance(layer.experts, ChannelExperts) and "gate_up_proj" not in own:
+    if not isinstance(layer.experts, ChannelExperts | DoraExperts) and "gate_up_proj" not in own:
         raise ValueError(
-            f"'{layer.name}' is a {type(layer.experts).__name__}, not a layer's experts themselves. "
-            "Merge or remove adapters before calibrating."
+            f"'{layer.name}' is a {type(layer.experts).__name__}, not a layer's experts or our adapter around them. "
+            "Merge or remove other adapters before calibrating."
         )
     if any(parameter.device.type == "meta" for parameter in layer.experts.parameters()):
         raise ValueError(
@@ -87,8 +89,14 @@ def _replaced_forward(experts: nn.Module, forward: ExpertsForward) -> Iterator[N
 
 
 def _experts_forward(layer: MoeLayer, observer: LayerObserver) -> ExpertsForward:
+    """Under autocast the experts see its type, and the statistics none of it: their sums stay wide."""
+
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return observer.run_experts(layer, hidden_states, top_k_index, top_k_weights)
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        with torch.autocast(device, enabled=False):
+            output_TH = observer.run_experts(layer, hidden_states.to(dtype), top_k_index, top_k_weights)
+        return output_TH.to(hidden_states.dtype)
 
     return forward
 
@@ -96,7 +104,8 @@ def _experts_forward(layer: MoeLayer, observer: LayerObserver) -> ExpertsForward
 def _router_hook(layer: MoeLayer, observer: LayerObserver) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         logits_TE = output[0]
-        observer.end_router(layer, logits_TE.reshape(-1, logits_TE.shape[-1]))
+        with torch.autocast(logits_TE.device.type, enabled=False):
+            observer.end_router(layer, logits_TE.reshape(-1, logits_TE.shape[-1]))
 
     return hook
 
@@ -104,6 +113,7 @@ def _router_hook(layer: MoeLayer, observer: LayerObserver) -> Callable[..., None
 def _layer_hook(layer: MoeLayer, observer: LayerObserver) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        observer.end_layer(layer, hidden.reshape(-1, hidden.shape[-1]))
+        with torch.autocast(hidden.device.type, enabled=False):
+            observer.end_layer(layer, hidden.reshape(-1, hidden.shape[-1]))
 
     return hook

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_moe.adapters.experts import DoraExperts
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import expert_matrices, expert_widths
 from lightning_moe.models.grouped import Routing
 from lightning_moe.models.products import product
+from lightning_moe.models.routers import without_adapter
 
 # Added to ||y||^2 before dividing by it, as in paper A's loss.
 ENERGY_EPSILON = 1e-6
@@ -34,9 +36,21 @@ def inverse_energy(output_TH: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
 
 def down_rows(experts: nn.Module, expert: int, *, dtype: torch.dtype) -> Tensor:
     """Transposed down projection of one expert, `[n, H]`; of packed experts nothing else is dequantised."""
+    if isinstance(experts, DoraExperts):
+        return experts.merged_expert_rows(expert, "down", dtype=dtype)
     if isinstance(experts, ChannelExperts):
         return experts.projection("down_proj").rows(*experts.row_range(expert), dtype)
     return experts.get_parameter("down_proj")[expert].T.to(dtype)
+
+
+def effective_matrices(experts: nn.Module, expert: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and transposed down projection of one expert, each `[n, H]`; an active adapter merged in (in fp32)."""
+    if isinstance(experts, DoraExperts):
+        gate_nH, up_nH, down_nH = (
+            experts.merged_expert_rows(expert, side, dtype=dtype) for side in ("gate", "up", "down")
+        )
+        return gate_nH, up_nH, down_nH
+    return expert_matrices(experts, expert, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +134,16 @@ def expert_passes(
     """Runs the experts on their pairs, adds `g z` to `routed_TH` (in the type of the sums), and shows each expert.
 
     What belongs to one expert is used up before the next one, so it stays in the processor's cache. The same few
-    kernels an expert for stock experts, ChannelExperts and packed ones. An expert without pairs is neither loaded nor
+    kernels an expert for stock experts, ChannelExperts and packed ones; under an adapter its weights are those of the
+    adapted expert, merged for this pass. An expert without pairs is neither loaded nor
     shown; one with nothing but padding is not shown.
     """
-    act_fn = experts.get_submodule("act_fn")
+    act_fn = without_adapter(experts).get_submodule("act_fn")
     for expert in range(len(expert_widths(experts))):
         rows, counted = pairs.rows(expert), pairs.counted_rows(expert)
         if rows.start == rows.stop:
             continue
-        gate_nH, up_nH, down_nH = expert_matrices(experts, expert, dtype=hidden_TH.dtype)
+        gate_nH, up_nH, down_nH = effective_matrices(experts, expert, dtype=hidden_TH.dtype)
         token_S = pairs.token_S[rows]
         input_SH = hidden_TH.index_select(0, token_S)
         gate_Sn, up_Sn = product(input_SH, gate_nH.T), product(input_SH, up_nH.T)

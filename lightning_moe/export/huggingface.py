@@ -21,9 +21,8 @@ from lightning_moe.export.restoring import align_rows, check_tensors, restore_la
 from lightning_moe.files import read_json, write_atomically, write_json
 from lightning_moe.models.channel_experts import ChannelExperts, DenseRows
 from lightning_moe.models.discovery import moe_layers
+from lightning_moe.models.saving import QUANT_METHOD
 from lightning_moe.progress import quiet_transformers
-
-QUANT_METHOD = "channel_moe"
 
 
 class ChannelMoeConfig(BitsAndBytesConfig):
@@ -127,6 +126,7 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
         What it returns replaces the `state_dict` argument of `save_pretrained`; None means the model's own.
         """
         model.config.quantization_config = quantization_config_of(model)
+        _store_under_own_names(model)
         return self.stored_tensors, {}
 
     def _process_model_before_weight_loading(
@@ -143,10 +143,18 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
         check_tensors(model, files=checkpoint_files or ())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # Stored under the names of the modules: a plain `save_pretrained` has nothing to convert back.
-        model._weight_conversions = []  # pyright: ignore[reportArgumentType]
+        _store_under_own_names(model)
+        config = self.quantization_config
+        assert isinstance(config, ChannelMoeConfig)
+        # A 16-bit model trains like any other: transformers' Trainer wants adapters on a quantized one.
+        model.is_quantized = config.packed_experts or bool(config.packed_linears)  # pyright: ignore
         align_rows(model)
         return model
+
+
+def _store_under_own_names(model: PreTrainedModel) -> None:
+    """A plain `save_pretrained` has nothing to convert back to the family's published names."""
+    model._weight_conversions = []  # pyright: ignore[reportArgumentType]
 
 
 register_quantization_config(QUANT_METHOD)(ChannelMoeConfig)
@@ -157,10 +165,15 @@ def quantization_config_of(model: PreTrainedModel) -> ChannelMoeConfig:
     """Describes a cut model in memory, for its `config.json`.
 
     Raises:
-        ValueError: some layer still has stock experts, or some layers are packed and some are not.
+        ValueError: some layer still has stock experts or has adapters, or some layers are packed and some are not.
     """
     experts: dict[str, ChannelExperts] = {}
     for layer in moe_layers(model):
+        if layer.experts is not layer.base_experts:
+            raise ValueError(
+                f"'{layer.name}' has adapters, which this format does not hold. Export the model with "
+                "`lightning_moe.export.deploy.export_model` (formats `adapter`, `merged`, `merged_nf4` or `ragged`)."
+            )
         if not isinstance(layer.experts, ChannelExperts):
             raise ValueError(f"'{layer.name}' is not cut: only a cut model is saved in this format. Cut it first.")
         experts[layer.name] = layer.experts

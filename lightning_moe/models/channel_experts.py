@@ -5,6 +5,7 @@ T tokens, H hidden, K experts per token, S = T*K routed pairs, E experts, C = su
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from typing import ClassVar, Self, cast
@@ -82,6 +83,47 @@ def _block_rows(block_nH: Tensor, start: int, stop: int, dtype: torch.dtype) -> 
     return (block_nH if (start, stop) == (0, len(block_nH)) else block_nH[start:stop]).to(dtype)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Origin:
+    """Which channels of the layer as it was loaded are still there: what a checkpoint says to rebuild a cut model.
+
+    Args:
+        widths: channels of each expert of the layer as it was loaded, in its router's order.
+        kept_C: boolean, those channels expert by expert: still here.
+        refitted: the down rows were fitted anew since, so that the loaded rows do not give them.
+
+    Raises:
+        ValueError: a value of the wrong kind, or a mask of another length.
+    """
+
+    widths: tuple[int, ...]
+    kept_C: Tensor
+    refitted: bool = False
+
+    def __post_init__(self) -> None:
+        counts = [width for width in self.widths if isinstance(width, int) and width >= 0]
+        if len(counts) < len(self.widths) or not isinstance(self.refitted, bool):
+            raise ValueError(
+                f"`widths` must be counts >= 0 and `refitted` a truth value, got {self.widths!r} and {self.refitted!r}."
+            )
+        if self.kept_C.dtype != torch.bool or tuple(self.kept_C.shape) != (sum(counts),):
+            raise ValueError(
+                f"`kept_C` must be bool of shape ({sum(counts)},), got {self.kept_C.dtype} of shape "
+                f"{tuple(self.kept_C.shape)}."
+            )
+
+    @classmethod
+    def whole(cls, widths: Sequence[int]) -> Self:
+        """Nothing was cut."""
+        return cls(widths=tuple(widths), kept_C=torch.ones(sum(widths), dtype=torch.bool, device="cpu"))
+
+    def cut(self, keep_C: Tensor) -> "Origin":
+        """After a cut that keeps these of the channels that are here now, in the same order."""
+        kept_C = self.kept_C.clone()
+        kept_C[self.kept_C] = keep_C.to(kept_C.device)
+        return replace(self, kept_C=kept_C)
+
+
 class ChannelExperts(nn.Module):
     """Gated experts of unequal width with the experts signature of transformers 5.
 
@@ -107,6 +149,7 @@ class ChannelExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.widths = tuple(int(width) for width in widths)
+        self.origin = Origin.whole(self.widths)
         self.hidden_size = hidden_size
         self.act_fn = act_fn
         self.slot_order = tuple(sorted(range(len(self.widths)), key=lambda e: (self.widths[e], e)))

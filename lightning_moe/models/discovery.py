@@ -104,7 +104,8 @@ def moe_layers(model: PreTrainedModel) -> list[MoeLayer]:
 
 
 def expert_widths(experts: nn.Module) -> tuple[int, ...]:
-    """Channels of each expert, in the router's order; `experts` is a stock module or ChannelExperts."""
+    """Channels of each expert, in the router's order; `experts` is a stock module or ChannelExperts, or adapted."""
+    experts = without_adapter(experts)
     if isinstance(experts, ChannelExperts):
         return experts.widths
     num_experts, _, width = experts.down_proj.shape  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]

@@ -1,8 +1,9 @@
 """Stock bitsandbytes NF4 for the Linear layers around the experts: attention, shared experts, dense MLPs."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,7 +14,8 @@ from lightning_moe.quantization.nf4 import check_hidden_size, pack_experts
 from lightning_moe.quantization.rounding import check_finite
 
 # On CPUs with AVX512-BF16 bitsandbytes would repack the weight in place in eval mode, which then cannot be saved.
-_KEEP_LAYOUT = {"support_avx512bf16_for_cpu": False}
+# And it would compute for ever in the type of the first input: in bfloat16 what was once run under autocast.
+_BEHAVIOUR = {"support_avx512bf16_for_cpu": False, "compute_type_is_set": True}
 
 
 def quantize_model(model: PreTrainedModel) -> None:
@@ -94,6 +96,17 @@ def empty_linear4bit(linear: nn.Linear) -> Linear4bit:
     packed.weight.data = packed.weight.data.to(torch.uint8)
     # transformers asks the packed layer which class it replaced.
     packed.source_cls = nn.Linear  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    for attribute, value in _KEEP_LAYOUT.items():
+    for attribute, value in _BEHAVIOUR.items():
         setattr(packed, attribute, value)
+    packed.register_load_state_dict_pre_hook(_load_statistics)
     return packed.requires_grad_(False)
+
+
+def _load_statistics(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Takes the block statistics along: bitsandbytes saves them in a state dict and does not load them from one."""
+    weight = cast(Params4bit, module.get_parameter("weight"))
+    own = f"{prefix}weight."
+    statistics = {name.removeprefix(own): state_dict.pop(name) for name in list(state_dict) if name.startswith(own)}
+    if statistics:
+        weight.quant_state = QuantState.from_dict(statistics, device=weight.device)
+        module.quant_state = weight.quant_state  # pyright: ignore[reportArgumentType]: no module

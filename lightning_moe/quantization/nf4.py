@@ -22,6 +22,8 @@ _MAX_CODE = 255
 class PackedRows(RowStorage):
     """Rows in NF4: `codes [C, H/2]` uint8, `absmax [C, B]` uint8, `scale [C]` fp32.
 
+    All three are frozen parameters: DDP would send buffers round at every forward, and FSDP2 shards parameters only.
+
     Args:
         num_rows: C.
         hidden_size: H, a multiple of 64.
@@ -36,12 +38,9 @@ class PackedRows(RowStorage):
         super().__init__()
         check_hidden_size(hidden_size)
         self.hidden_size = hidden_size
-        self.codes = nn.Parameter(torch.empty(num_rows, hidden_size // 2, dtype=torch.uint8), requires_grad=False)
-        self.register_buffer("absmax", torch.empty(num_rows, hidden_size // BLOCK_SIZE, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(num_rows, dtype=torch.float32))
-
-    absmax: Tensor
-    scale: Tensor
+        self.codes = _frozen(torch.empty(num_rows, hidden_size // 2, dtype=torch.uint8))
+        self.absmax = _frozen(torch.empty(num_rows, hidden_size // BLOCK_SIZE, dtype=torch.uint8))
+        self.scale = _frozen(torch.empty(num_rows, dtype=torch.float32))
 
     @classmethod
     def pack(cls, weight_CH: Tensor) -> "PackedRows":
@@ -53,9 +52,9 @@ class PackedRows(RowStorage):
         codes, absmax_CB = quantize_rows(weight_CH.detach())
         scale_C = absmax_CB.amax(1)
         ratio_CB = absmax_CB / scale_C.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-        packed.codes.data = codes
-        packed.absmax = (ratio_CB * _MAX_CODE).round().to(torch.uint8)
-        packed.scale = scale_C
+        packed.codes = _frozen(codes)
+        packed.absmax = _frozen((ratio_CB * _MAX_CODE).round().to(torch.uint8))
+        packed.scale = _frozen(scale_C)
         return packed
 
     @property
@@ -88,17 +87,16 @@ class PackedRows(RowStorage):
     def select(self, index_C: Tensor) -> "PackedRows":
         """A new module with the rows of `index_C`, in that order, bit for bit."""
         selected = PackedRows(len(index_C), self.hidden_size)
-        selected.codes.data = self.codes.index_select(0, index_C)
-        selected.absmax = self.absmax.index_select(0, index_C)
-        selected.scale = self.scale.index_select(0, index_C)
+        for name, stored in self.named_parameters():
+            selected.register_parameter(name, _frozen(stored.index_select(0, index_C)))
         return selected
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
         """Moves like any module, but `.to(dtype)` leaves the scales in fp32: rounding them would change the weights."""
-        scale = self.scale
+        scale_C = self.scale.detach()
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
+            self.scale = _frozen(scale_C.to(self.scale.device))
         return self
 
 
@@ -125,6 +123,10 @@ def unpack_experts(experts: ChannelExperts, *, dtype: torch.dtype) -> None:
         rows = experts.projection(name)
         if isinstance(rows, PackedRows):
             setattr(experts, name, DenseRows(rows.rows(0, rows.shape[0], dtype)))
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 @cache

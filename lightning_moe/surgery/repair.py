@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lightning_moe.calibration.collector import Batch
 from lightning_moe.calibration.gram import LayerGram, iterate_grams
+from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.calibration.routed import down_rows
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import MoeLayer, expert_widths, model_shape, moe_layers
@@ -91,8 +92,11 @@ def plan_repair(
     loaders: Mapping[str, Iterable[Batch]],
     memory_gb: float = 4.0,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Repair:
     """New down rows for the cut of `plan`; the model itself is not changed (`apply_plan(..., repair=...)` does that).
+
+    Several processes share the batches, and then the experts: each solves for its own, and all get the same rows.
 
     Args:
         model: the model the plan was made for, uncut.
@@ -100,36 +104,58 @@ def plan_repair(
         loaders: corpus name -> batches, as for `collect_statistics`.
         memory_gb: GiB for the Gram matrices of one pass (`iterate_grams`).
         progress: show a progress bar.
+        processes: those that share the work; each has the whole model, the same plan and the same loaders.
 
     Raises:
         ValueError: the plan was made for another model, or one layer needs more than `memory_gb`.
     """
     plan.check_fits(model_shape(model))
     layers = moe_layers(model)
-    rows, before, after, counts = [], [], [], []
+    rows, numbers = [], []
     experts = [_cut_experts(plan, layer_index=layer.index) for layer in layers]
-    grams = iterate_grams(model, loaders=loaders, memory_gb=memory_gb, experts=experts, progress=progress)
+    grams = iterate_grams(
+        model, loaders=loaders, memory_gb=memory_gb, experts=experts, progress=progress, processes=processes
+    )
     for layer, gram in zip(layers, grams, strict=True):
-        repairs = repair_layer(layer, gram=gram, keep_C=plan.keep[layer.index])
+        repairs = repair_layer(layer, gram=gram, keep_C=plan.keep[layer.index], processes=processes)
         rows.append(torch.cat([one.down_rows for one in repairs]))
-        before.append(sum(one.error_before for one in repairs) / gram.num_tokens)
-        after.append(sum(one.error_after for one in repairs) / gram.num_tokens)
-        counts.append(sum(one.ridge is not None for one in repairs))
+        before, after = sum(one.error_before for one in repairs), sum(one.error_after for one in repairs)
+        repaired = sum(one.ridge is not None for one in repairs)
+        numbers.append((before / gram.num_tokens, after / gram.num_tokens, repaired))
+    errors_before, errors_after, num_repaired = zip(*_summed(rows, numbers, processes), strict=True)
     repair = Repair(
         plan_digest=plan.digest,
         down_rows=tuple(rows),
-        error_before=tuple(before),
-        error_after=tuple(after),
-        num_repaired=tuple(counts),
+        error_before=errors_before,
+        error_after=errors_after,
+        num_repaired=num_repaired,
     )
     log.info("Repair of W_down, predicted error per token:\n%s", repair.summary())
     return repair
 
 
-def repair_layer(layer: MoeLayer, *, gram: LayerGram, keep_C: Tensor) -> list[ExpertRepair]:
+def _summed(
+    rows: list[Tensor], numbers: list[tuple[float, float, int]], processes: Processes
+) -> list[tuple[float, float, int]]:
+    """Puts together what each process made of its experts; everything else is 0 there, so sums are exact."""
+    if processes.size == 1:
+        return numbers
+    for index, rows_kH in enumerate(rows):
+        wide_kH = rows_kH.to(torch.promote_types(rows_kH.dtype, torch.float32))
+        processes.sum_(wide_kH)
+        rows[index] = wide_kH.to(rows_kH.dtype)
+    total_L3 = torch.tensor(numbers, dtype=torch.float64)
+    processes.sum_(total_L3)
+    return [(before, after, int(repaired)) for before, after, repaired in total_L3.tolist()]
+
+
+def repair_layer(
+    layer: MoeLayer, *, gram: LayerGram, keep_C: Tensor, processes: Processes = ALONE
+) -> list[ExpertRepair]:
     """Repairs of all experts of one layer, in the router's order; an evicted expert has no rows.
 
-    Rows are on the CPU, in the weights' type (fp32 for packed experts).
+    Rows are on the CPU, in the weights' type (fp32 for packed experts). Of several processes each solves for every
+    `size`-th expert; rows and errors of the others are 0 here.
     """
     experts = layer.experts
     packed = isinstance(experts, ChannelExperts) and experts.packed
@@ -137,12 +163,18 @@ def repair_layer(layer: MoeLayer, *, gram: LayerGram, keep_C: Tensor) -> list[Ex
     repairs = []
     for expert, keep_n in enumerate(keep_C.split(expert_widths(experts))):
         down_nH = down_rows(experts, expert, dtype=dtype).detach()
-        half_a, half_b = gram.half_a[expert], gram.half_b[expert]
-        repairs.append(
-            repaired_down_rows(
-                down_nH=down_nH, keep_n=keep_n, half_a=half_a, half_b=half_b, num_tokens=gram.counts[expert]
+        if expert % processes.size == processes.rank:
+            one = repaired_down_rows(
+                down_nH=down_nH,
+                keep_n=keep_n,
+                half_a=gram.half_a[expert],
+                half_b=gram.half_b[expert],
+                num_tokens=gram.counts[expert],
             )
-        )
+        else:
+            rows_kH = torch.zeros_like(down_nH[keep_n], device="cpu")
+            one = ExpertRepair(down_rows=rows_kH, ridge=None, error_before=0.0, error_after=0.0)
+        repairs.append(one)
     return repairs
 
 

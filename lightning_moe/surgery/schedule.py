@@ -1,15 +1,13 @@
-"""When to cut: a validated list of (step, prune_ratio)."""
+"""When to cut: a validated list of (step, prune_ratio), given as such or as the shape of a curve."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from transformers import PreTrainedModel
+from lightning_moe.allocation.budget import check_count
 
-from lightning_moe.models.channel_experts import ChannelExperts
-from lightning_moe.models.discovery import moe_layers
-from lightning_moe.models.routers import without_adapter
-from lightning_moe.records import PrunePlan
-from lightning_moe.surgery.cut import cut_layer
+Shape = Literal["linear", "cubic"]
+_POWERS: dict[Shape, int] = {"linear": 1, "cubic": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,11 @@ class PruneSchedule:
         if steps[0] < 0 or ratios[0] <= 0 or ratios[-1] >= 1:
             raise ValueError(f"`schedule` needs steps >= 0 and prune ratios inside (0, 1), got {self.cuts}.")
 
+    @property
+    def prune_ratio(self) -> float:
+        """The ratio after the last cut."""
+        return self.cuts[-1][1]
+
     def due(self, *, step: int, num_done: int) -> tuple[int, float] | None:
         """(cuts done after this one, its prune ratio) if one is due at `step`, else None; overdue ones are skipped."""
         reached = [index for index, (at, _) in enumerate(self.cuts) if at <= step]
@@ -39,34 +42,65 @@ class PruneSchedule:
             return None
         return reached[-1] + 1, self.cuts[reached[-1]][1]
 
-    def check_trainer(self, *, num_devices: int) -> None:
-        """Refuses what scheduled cuts do not support yet.
 
-        Raises:
-            ValueError: more than one process.
-        """
-        if num_devices > 1:
-            raise ValueError(
-                f"Scheduled cuts run on one device, got {num_devices}. Use `prune_ratio` (one cut before training), "
-                "which works under every strategy."
-            )
+@dataclass(frozen=True, kw_only=True)
+class GradualSchedule:
+    """Cuts along a curve that starts at 0 at step `begin` and reaches `prune_ratio` at step `end`.
 
+    With `x = (step - begin) / (end - begin)` the ratio is `prune_ratio * x` (linear) or `prune_ratio * (1 - (1 - x)^3)`
+    (cubic: Zhu & Gupta 2017, arXiv 1710.01878, which cuts much while much is redundant). The cuts stand at equal
+    distances behind `begin`, rounded to steps; the last one is at `end` and reaches the ratio exactly.
 
-def check_trainable(model: PreTrainedModel) -> None:
-    """Refuses models whose weights themselves are not trained: scheduled cuts follow optimizers of plain parameters.
+    Args:
+        shape: `linear` or `cubic`.
+        begin: Optimizer step at which the curve starts; nothing is cut there yet.
+        end: Optimizer step of the last cut.
+        num_cuts: Number of cuts.
+        prune_ratio: Share of the unpruned model's channels that is gone after the last cut, in (0, 1).
 
     Raises:
-        ValueError: experts are packed in 4 bit, or adapters are around them or their router.
+        ValueError: an unknown shape, no room for so many cuts, or a ratio outside (0, 1).
     """
-    for layer in moe_layers(model):
-        if isinstance(layer.base_experts, ChannelExperts) and layer.base_experts.packed:
-            raise ValueError(f"'{layer.name}' is in 4 bit, and `schedule` cuts weights in training. Use `prune_ratio`.")
-        if layer.experts is not layer.base_experts or without_adapter(layer.router) is not layer.router:
-            raise ValueError(f"'{layer.block_name}' has adapters, and `schedule` cuts bare weights. Use `prune_ratio`.")
+
+    shape: Shape
+    begin: int
+    end: int
+    num_cuts: int
+    prune_ratio: float
+
+    def __post_init__(self) -> None:
+        if self.shape not in get_args(Shape):
+            raise ValueError(f"`shape` of a schedule must be one of {get_args(Shape)}, got {self.shape!r}.")
+        check_count(self.begin, name="begin", lowest=0)
+        check_count(self.num_cuts, name="num_cuts", lowest=1)
+        check_count(self.end, name="end", lowest=self.begin + self.num_cuts)
+        if isinstance(self.prune_ratio, bool) or not 0 < self.prune_ratio < 1:
+            raise ValueError(f"`prune_ratio` of a schedule must be inside (0, 1), got {self.prune_ratio!r}.")
+
+    def to_cuts(self) -> PruneSchedule:
+        """The steps and ratios of the cuts."""
+        length = self.end - self.begin
+        steps = [self.begin + round(cut * length / self.num_cuts) for cut in range(1, self.num_cuts + 1)]
+        left = [1 - (step - self.begin) / length for step in steps]
+        power = _POWERS[self.shape]
+        return PruneSchedule(
+            cuts=tuple((step, self.prune_ratio * (1 - x**power)) for step, x in zip(steps, left, strict=True))
+        )
 
 
-def replay_cuts(model: PreTrainedModel, *, plans: Sequence[PrunePlan]) -> None:
-    """Gives a freshly loaded model the structure it had after these cuts; the weights come from a checkpoint then."""
-    for plan in plans:
-        for layer in moe_layers(model):
-            cut_layer(layer, keep_C=plan.keep[layer.index])
+Schedule = PruneSchedule | GradualSchedule | Sequence[tuple[int, float]]
+
+
+def build_schedule(schedule: Schedule) -> PruneSchedule:
+    """A schedule from pairs or from a curve; a PruneSchedule passes through.
+
+    Raises:
+        ValueError: not pairs of a step and a ratio, or see the two classes.
+    """
+    if isinstance(schedule, PruneSchedule):
+        return schedule
+    if isinstance(schedule, GradualSchedule):
+        return schedule.to_cuts()
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in schedule):
+        raise ValueError(f"`schedule` must be [step, prune_ratio] pairs, got {schedule!r}.")
+    return PruneSchedule(cuts=tuple((int(step), float(ratio)) for step, ratio in schedule))

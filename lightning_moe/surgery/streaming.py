@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts
+from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, Origin
 from lightning_moe.models.discovery import MoeLayer, expert_widths, model_shape, moe_layers
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.models.streaming import StockFolder
@@ -68,7 +68,9 @@ def quantize_folder(
 def _pack_layer(folder: StockFolder, layer: MoeLayer, *, keep_C: Tensor | None) -> None:
     """Replaces the stock experts of a layer, still on the meta device, by packed ones, and cuts its router."""
     stock, stock_widths = layer.experts, expert_widths(layer.experts)
-    keep_by_expert = (torch.ones(sum(stock_widths), dtype=torch.bool) if keep_C is None else keep_C).split(stock_widths)
+    origin = Origin.whole(stock_widths)
+    origin = origin if keep_C is None else origin.cut(keep_C)
+    keep_by_expert = origin.kept_C.split(stock_widths)
     packed = ChannelExperts(
         widths=[int(kept.sum()) for kept in keep_by_expert],
         hidden_size=stock.get_parameter("down_proj").shape[1],
@@ -83,6 +85,7 @@ def _pack_layer(folder: StockFolder, layer: MoeLayer, *, keep_C: Tensor | None) 
             _check_finite(weight, name=f"{layer.name}.{name}", folder=folder)
         pack_experts(part)
         _place(part, into=packed, first=first)
+    packed.origin = origin
     layer.block.set_submodule(layer.family.experts, packed)
     if keep_C is not None:  # evicted experts, now of width 0, leave the router or are masked in it
         cut_layer(layer, keep_C=torch.ones(sum(packed.widths), dtype=torch.bool))
