@@ -41,7 +41,9 @@ _TRAINING = {
 CALLBACK_GROUPS = {
     "calibration": "ExpertCalibration",
     "pruning": "ChannelPruning",
+    "expert_pruning": "ExpertPruning",
     "recovery": "Recovery",
+    "monitor": "RouterMonitor",
     "export": "ExportPruned",
     "report": "CompressionReport",
 }
@@ -160,7 +162,7 @@ def command_parser(name: str) -> ArgumentParser:
 def overview() -> str:
     """All subcommands, one line each."""
     summaries = {name: _summary(name) for name in COMMANDS} | _TRAINING
-    order = ("calibrate", "plan", "prune", "fit", "validate", "evaluate", "compare", "export", "report")
+    order = ("calibrate", "plan", "prune", "teach", "fit", "validate", "evaluate", "compare", "export", "report")
     lines = [f"  {name:<10} {summaries[name]}" for name in order]
     return "\n".join(
         [

@@ -20,7 +20,7 @@ from lightning_moe.evaluation.summary import summarise
 from lightning_moe.export.deploy import ExportFormat, check_formats, check_targets, export_model
 from lightning_moe.export.huggingface import check_replaceable, save_ragged
 from lightning_moe.files import write_json
-from lightning_moe.models.loading import DtypeName, can_stream, load_model
+from lightning_moe.models.loading import DtypeName, can_stream, load_model, read_config
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.quantization.nf4 import check_hidden_size
 from lightning_moe.records import CalibrationStatistics, PrunePlan
@@ -30,6 +30,9 @@ from lightning_moe.surgery.cut import apply_plan, convert_experts
 from lightning_moe.surgery.repair import plan_repair
 from lightning_moe.surgery.streaming import quantize_folder
 from lightning_moe.training.data import TextDataModule
+from lightning_moe.training.distillation import TeacherQuantize, load_teacher
+from lightning_moe.training.teach import make_manifest, prepare_folder, write_teacher_logits
+from lightning_moe.training.teacher_logits import LogProbDtype
 from lightning_moe.training.tokenization import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -212,6 +215,43 @@ def compare(
     )
 
 
+def teach(
+    *,
+    model: str,
+    out: str,
+    data: TextDataModule,
+    k: int = 64,
+    quantize: TeacherQuantize = "none",
+    log_prob_dtype: LogProbDtype = "float16",
+    dtype: DtypeName = "auto",
+    device: Device = "auto",
+) -> None:
+    """Run the unpruned model over the training rows and keep its likeliest next tokens, to distil from disk.
+
+    `fit --model.teacher_logits OUT` then needs no teacher in memory. Started again, it goes on after the last whole
+    shard. Bytes: rows x tokens in a row x k x 4 (6 where the vocabulary is larger than 32,768).
+
+    Args:
+        model: Folder, `asset:small_moe` or hub name of the unpruned model.
+        out: Folder to write.
+        data: The data module; its `train` corpora and sequence length must be those of the later `fit`.
+        k: Tokens kept of each position; the probability of all others is one number.
+        quantize: `nf4` packs the teacher as it is loaded; `none` takes it as it is stored.
+        log_prob_dtype: Stored type of the log-probabilities.
+        dtype: Type of the teacher's unpacked weights.
+        device: Where it runs; `auto` is the GPU if there is one.
+    """
+    rows = data.rows("train")
+    vocab_size = int(read_config(model).get_text_config().vocab_size)
+    manifest = make_manifest(
+        rows, teacher=model, quantize=quantize, vocab_size=vocab_size, k=k, log_prob_dtype=log_prob_dtype
+    )
+    prepare_folder(out, manifest=manifest)
+    teacher = load_teacher(model, quantize=quantize, dtype=dtype)
+    teacher.to(_device(device))  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its types
+    write_teacher_logits(teacher, rows=rows, manifest=manifest, folder=out, batch_size=data.batch_size)
+
+
 def export(
     *, model: str, out: str, formats: list[ExportFormat], adapter: str | None = None, dtype: DtypeName = "auto"
 ) -> None:
@@ -283,4 +323,5 @@ def _held_out(data: TextDataModule) -> Loaders:
     return dict(zip(data.validation_names, data.val_dataloader(), strict=True))
 
 
-COMMANDS = {command.__name__: command for command in (calibrate, plan, prune, evaluate, compare, export, report)}
+_ALL = (calibrate, plan, prune, teach, evaluate, compare, export, report)
+COMMANDS = {command.__name__: command for command in _ALL}

@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_moe.calibration.processes import Processes
 from lightning_moe.training.corpora import Corpus, check_corpus
-from lightning_moe.training.loading import Batch, EpochShuffle, ReadingPosition, ResumableLoader
+from lightning_moe.training.loading import Batch, EpochShuffle, EvenShare, ReadingPosition, ResumableLoader
 from lightning_moe.training.packing import Rows
+from lightning_moe.training.teacher_logits import TeacherLogits
 from lightning_moe.training.tokenization import corpus_rows, load_tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -28,7 +30,11 @@ class TextDataModule(LightningDataModule):
 
     Batches are dicts of `input_ids`, `attention_mask` and `labels`, int64 [batch, tokens in a row]; labels are not
     shifted and are -100 where there is no loss (padding, prompts). Every corpus is tokenised and packed once, in
-    `setup`. The reading position goes into checkpoints, so a run resumed within an epoch reads on where it stopped.
+    `setup`. The reading position goes into checkpoints, so a run resumed within an epoch reads on where it stopped, on
+    another number of processes too where the rows of a step (`batch_size` times processes) are as many as before.
+
+    Several processes read disjoint rows, equally many each. N processes train on what one would with N times the
+    `batch_size`, in the same order; validation counts every row once.
 
     Args:
         tokenizer: Folder with a tokenizer, `asset:small_moe` for the shipped one, or a hub name.
@@ -38,7 +44,7 @@ class TextDataModule(LightningDataModule):
         sequence_length: Tokens in a training row, at least 2.
         validation_sequence_length: Tokens in a validation row, at least 2; null: `sequence_length`.
         calibration_sequence_length: Tokens in a calibration row, at least 2; null: `sequence_length`.
-        batch_size: Rows in a training batch.
+        batch_size: Rows in a training batch of one process.
         validation_batch_size: Rows in a validation batch; null: as in training.
         calibration_batch_size: Rows in a calibration batch; null: as in validation.
         seed: Seed of the training order.
@@ -91,6 +97,7 @@ class TextDataModule(LightningDataModule):
         self._position = ReadingPosition()
         self._restored: dict[str, int] | None = None
         self._rows: dict[Role, dict[str, Rows]] = {}
+        self._teacher: TeacherLogits | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -142,34 +149,79 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: There are no training corpora.
         """
-        mixed = ConcatDataset(list(self._required("train").values()))
-        self._continue_reading(num_rows=len(mixed))
+        corpora = self._required("train")
+        mixed = ConcatDataset([self._with_targets(rows, corpus=name) for name, rows in corpora.items()])
+        processes = self._processes()
+        if len(mixed) < processes.size:
+            raise ValueError(
+                f"`data.train` has {len(mixed)} rows of {self.sequence_lengths['train']} tokens for {processes.size} "
+                "processes. Give more text, shorter rows, or fewer devices."
+            )
+        self._continue_reading(num_rows=len(mixed), rows_per_batch=self.batch_size * processes.size)
         return ResumableLoader(
             mixed,
             position=self._position,
-            sampler=EpochShuffle(num_rows=len(mixed), seed=self.seed),
+            sampler=EpochShuffle(num_rows=len(mixed), seed=self.seed, processes=processes),
             batch_size=self.batch_size,
             drop_last=self.drop_last,
             **self._loader_options(),
         )
 
-    def _continue_reading(self, *, num_rows: int) -> None:
+    def attach_teacher(self, logits: TeacherLogits | None) -> None:
+        """Training batches bring along `teacher_ids` and `teacher_logprobs` `[B, S, k]` from now on; None: no more.
+
+        Raises:
+            ValueError: the logits are of other rows.
+        """
+        self._teacher = logits
+        if logits is not None:
+            for name, rows in self._required("train").items():
+                self._with_targets(rows, corpus=name)
+
+    def _with_targets(self, rows: Rows, *, corpus: str) -> Dataset[Batch]:
+        return rows if self._teacher is None else self._teacher.of_rows(rows, corpus=corpus)
+
+    def _processes(self) -> Processes:
+        """Those of the trainer, once there is one."""
+        if self.trainer is None:
+            return Processes()
+        return Processes(rank=self.trainer.global_rank, size=self.trainer.world_size)
+
+    def _continue_reading(self, *, num_rows: int, rows_per_batch: int) -> None:
         """Take over the restored position, unless the data are not those that were read."""
         restored, self._restored = self._restored, None
-        self._position.num_rows = num_rows
+        position = self._position
+        position.num_rows, position.rows_per_batch = num_rows, rows_per_batch
         if restored is None:
             return
-        if restored["num_rows"] == num_rows:
-            self._position.skip_epoch = restored["epoch"]
-            self._position.skip_batches = restored["num_batches"]
-        else:
+        if restored["num_rows"] != num_rows:
             message = "the checkpoint was reading %d training rows, these are %d: they are read from the start"
             _LOG.warning(message, restored["num_rows"], num_rows)
+            return
+        position.skip_epoch = restored["epoch"]
+        position.skip_batches, rest = divmod(restored["num_batches"] * restored["rows_per_batch"], rows_per_batch)
+        if restored["rows_per_batch"] != rows_per_batch:
+            message = "the checkpoint was reading %d rows a step, these are %d: %d rows are read twice in this epoch"
+            _LOG.warning(message, restored["rows_per_batch"], rows_per_batch, rest)
 
     @override
     def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader per validation corpus, in the order of `validation_names`; none where no corpora are given."""
-        return [self._loader(rows, batch_size=self.validation_batch_size) for rows in self.rows("validation").values()]
+        """One loader per validation corpus, in the order of `validation_names`; none where no corpora are given.
+
+        Of several processes each gets its share of the rows (`validation_dataloaders` has all).
+        """
+        processes = self._processes()
+        if processes.size == 1:
+            return list(self.validation_dataloaders().values())
+        rows = self.rows("validation").values()
+        shares = [EvenShare(one, num_rows=len(one), processes=processes) for one in rows]
+        size = self.validation_batch_size
+        return [self._loader(share, batch_size=size, sampler=share.sampler()) for share in shares]
+
+    def validation_dataloaders(self) -> dict[str, DataLoader[Batch]]:
+        """All rows of every validation corpus, in whatever process."""
+        size = self.validation_batch_size
+        return {name: self._loader(rows, batch_size=size) for name, rows in self.rows("validation").items()}
 
     def calibration_dataloaders(self) -> dict[str, DataLoader[Batch]]:
         """One loader per calibration corpus, always in the same order.
@@ -189,8 +241,8 @@ class TextDataModule(LightningDataModule):
             )
         return self.rows(role)
 
-    def _loader(self, rows: Rows, *, batch_size: int) -> DataLoader[Batch]:
-        return DataLoader(rows, batch_size=batch_size, **self._loader_options())
+    def _loader(self, rows: Dataset[Batch], *, batch_size: int, **options: Any) -> DataLoader[Batch]:
+        return DataLoader(rows, batch_size=batch_size, **options, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -201,14 +253,20 @@ class TextDataModule(LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, int]:
-        """Runs when a checkpoint is saved: how far the current epoch was read, and of how many rows."""
-        position = self._position
-        return {"epoch": position.epoch, "num_batches": position.num_batches, "num_rows": position.num_rows}
+        """Runs when a checkpoint is saved: how far the current epoch was read, the same in every process."""
+        names = ("epoch", "num_batches", "rows_per_batch", "num_rows")
+        return {name: vars(self._position)[name] for name in names}
 
     @override
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Runs on resume, before the loaders are made: what was read of the interrupted epoch is left out."""
+        """Runs on resume: what was read of the interrupted epoch is left out.
+
+        Before the loaders are made, except under FSDP2.
+        """
         self._restored = state_dict
+        position = self._position
+        if position.num_rows:
+            self._continue_reading(num_rows=position.num_rows, rows_per_batch=position.rows_per_batch)
 
 
 def _checked(role: Role, *, corpora: dict[str, Corpus] | None) -> dict[str, Corpus]:

@@ -1,22 +1,21 @@
 """LightningModules: a language model trained whole, and one recovered through its adapters."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
-from torchmetrics.text import Perplexity
+from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_moe.adapters.groups import trainable_groups
-from lightning_moe.evaluation.perplexity import update_perplexity
 from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.training.best_checkpoint import check_best, restore_best
+from lightning_moe.training.checkpoint import complete_state, keep_learned, restore_structure, write_structure
 from lightning_moe.training.data import TextDataModule
-from lightning_moe.training.losses import distillation_loss
+from lightning_moe.training.distillation import Teacher, TeacherQuantize, TeacherSettings
+from lightning_moe.training.losses import next_token_loss
 from lightning_moe.training.optim import (
     OptimizerName,
     ScheduleName,
@@ -25,6 +24,14 @@ from lightning_moe.training.optim import (
     check_optimizer,
     check_schedule,
 )
+from lightning_moe.training.optimizer_names import name_optimizer_states
+from lightning_moe.training.router_loss import RouterLogits, load_balancing_loss
+from lightning_moe.training.sharding import shard_model
+from lightning_moe.training.teacher_logits import TEACHER_IDS, TEACHER_LOGPROBS, TeacherLogits
+from lightning_moe.training.validation import ValidatedModule
+
+# Keys of a batch that are targets, not inputs of the model.
+_TARGETS = ("labels", TEACHER_IDS, TEACHER_LOGPROBS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,7 @@ class _Settings:
     gradient_checkpointing: bool
 
 
-class LanguageModelModule(LightningModule):
+class LanguageModelModule(ValidatedModule):
     """A causal language model with next-token loss, per-corpus perplexity, AdamW and a warmup schedule.
 
     Args:
@@ -56,7 +63,7 @@ class LanguageModelModule(LightningModule):
         betas: Adam's decay rates.
         schedule: `linear` or `cosine` decay after the warmup, or `constant_with_warmup`.
         warmup_ratio: Share of the optimizer steps spent warming up.
-        router_loss: Coefficient of transformers' load-balancing loss; 0 leaves it out.
+        router_loss: Coefficient of the load-balancing loss, layer by layer; 0 leaves it out.
         gradient_checkpointing: Recompute each decoder layer in backward.
     """
 
@@ -91,11 +98,13 @@ class LanguageModelModule(LightningModule):
         )
         check_optimizer(optimizer)
         check_schedule(schedule, warmup_ratio=warmup_ratio)
+        if router_loss < 0:
+            raise ValueError(f"`router_loss` is the coefficient of a loss, 0 or more, got {router_loss}.")
         self.learning_rate = learning_rate
         self.model: PreTrainedModel | None = None
-        self.perplexity = nn.ModuleList()
 
     @property
+    @override
     def language_model(self) -> PreTrainedModel:
         """The loaded model; `configure_model` must have run."""
         if self.model is None:
@@ -104,15 +113,19 @@ class LanguageModelModule(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        """Loads the model once; later calls change nothing."""
+        """Loads the model, once, and shards it where the strategy has a device mesh (FSDP2)."""
+        self.load_language_model()
+        if self.device_mesh is not None:
+            shard_model(self.language_model, mesh=self.device_mesh)
+
+    def load_language_model(self) -> None:
+        """Loads the model, whole, into this process; later calls change nothing."""
         if self.model is not None:
             return
         settings = self.settings
         self.model = load_model(settings.source, dtype=settings.dtype, from_scratch=settings.from_scratch)
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if settings.router_loss:
-            _set_router_loss(self.model, settings.router_loss)
 
     @override
     def on_fit_start(self) -> None:
@@ -121,34 +134,34 @@ class LanguageModelModule(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean next-token loss of the batch, in nats."""
-        outputs = self.language_model(**batch, use_cache=False, output_router_logits=self.settings.router_loss > 0)
-        self.log("train_loss", outputs.loss, prog_bar=True)
-        return outputs.loss
+        """The objective of the batch, in nats per token, and the routers' loss where it has a coefficient."""
+        inputs = {name: value for name, value in batch.items() if name not in _TARGETS}
+        if not self.settings.router_loss:
+            return self.objective(self.language_model(**inputs, use_cache=False).logits, batch)
+        with RouterLogits(self.language_model) as routers:
+            logits_BSV = self.language_model(**inputs, use_cache=False).logits
+        balance = load_balancing_loss(routers.outputs, attention_mask=batch.get("attention_mask"))
+        self.log("router_loss", balance)
+        return self.objective(logits_BSV, batch) + self.settings.router_loss * balance
+
+    def objective(self, logits_BSV: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Mean next-token loss."""
+        loss = next_token_loss(logits_BSV, batch["labels"])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
 
     @override
-    def on_validation_start(self) -> None:
-        """One perplexity per validation corpus."""
-        metrics = [Perplexity(ignore_index=-100) for _ in self._validation_names()]
-        self.perplexity = nn.ModuleList(metrics).to(self.device)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes the structure of the model, so that loading needs nothing but the checkpoint and the source."""
+        write_structure(checkpoint, model=self.language_model)
+        if "optimizer_states" in checkpoint:
+            name_optimizer_states(checkpoint, module=self, optimizers=self.trainer.optimizers)
 
     @override
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds the batch's next-token probabilities to its corpus's perplexity."""
-        logits = self.language_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-        update_perplexity(cast(Perplexity, self.perplexity[dataloader_idx]), logits, batch["labels"])
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        """Logs `perplexity/<corpus>`, `nll/<corpus>` (nats per token) and their mean over corpora as `nll`."""
-        metrics = cast(Iterable[Perplexity], self.perplexity)
-        perplexity = {name: metric.compute() for name, metric in zip(self._validation_names(), metrics, strict=True)}
-        for name, value in perplexity.items():
-            self.log(f"perplexity/{name}", value, sync_dist=False)
-            self.log(f"nll/{name}", value.log(), sync_dist=False)
-        self.log("nll", torch.stack(list(perplexity.values())).log().mean(), prog_bar=True, sync_dist=False)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Loads the source and gives it the structure of the checkpoint; Lightning loads the weights after this."""
+        self.load_language_model()
+        restore_structure(checkpoint, model=self.language_model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """All trainable parameters in one group."""
@@ -170,14 +183,6 @@ class LanguageModelModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _validation_names(self) -> tuple[str, ...]:
-        """Names of the validation corpora, where the data module has them; numbers otherwise."""
-        datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(datamodule, TextDataModule):
-            return datamodule.validation_names
-        loaders = self.trainer.val_dataloaders
-        return tuple(str(index) for index in range(len(loaders) if isinstance(loaders, list | tuple) else 1))
-
 
 class RecoveryModule(LanguageModelModule):
     """A cut, packed model whose adapters are trained: experts and router each at their own learning rate.
@@ -196,9 +201,13 @@ class RecoveryModule(LanguageModelModule):
         betas: Adam's decay rates.
         schedule: `linear` or `cosine` decay after the warmup, or `constant_with_warmup`.
         warmup_ratio: Share of the optimizer steps spent warming up.
+        router_loss: Coefficient of the load-balancing loss, layer by layer; 0 leaves it out.
         gradient_checkpointing: Recompute each decoder layer in backward; on at real sizes.
-        teacher: Folder, asset or hub name of the unpruned model (16 bit or packed) to distil from; null: none.
-        distillation: Weight of the distillation loss; the next-token loss has the rest.
+        teacher: Folder, asset or hub name of the unpruned model to distil from, whole in every process; null: none.
+        teacher_quantize: `nf4` packs the teacher as it is loaded; `none` takes it as it is stored.
+        teacher_logits: Folder that `teach` wrote for these training corpora: distil from disk, in place of `teacher`.
+        distillation: Weight of the distillation loss, where there is a teacher; the next-token loss has the rest.
+        restore_best: End with the weights of the best checkpoint; needs a ModelCheckpoint that monitors `nll`.
     """
 
     def __init__(
@@ -214,9 +223,13 @@ class RecoveryModule(LanguageModelModule):
         betas: tuple[float, float] = (0.9, 0.999),
         schedule: ScheduleName = "linear",
         warmup_ratio: float = 0.1,
+        router_loss: float = 0.0,
         gradient_checkpointing: bool = True,
         teacher: str | None = None,
+        teacher_quantize: TeacherQuantize = "none",
+        teacher_logits: str | None = None,
         distillation: float = 0.5,
+        restore_best: bool = False,
     ) -> None:
         super().__init__(
             source=source,
@@ -227,15 +240,18 @@ class RecoveryModule(LanguageModelModule):
             betas=betas,
             schedule=schedule,
             warmup_ratio=warmup_ratio,
+            router_loss=router_loss,
             gradient_checkpointing=gradient_checkpointing,
         )
         self.save_hyperparameters()
         self.strict_loading = False
-        if not 0 < distillation <= 1:
-            raise ValueError(f"`distillation` is the weight of the distillation loss, in (0, 1], got {distillation}.")
-        self.teacher_source, self.distillation = teacher, distillation
-        # A tuple, so that the teacher is no submodule: it is neither trained, saved nor wrapped.
-        self._teacher: tuple[PreTrainedModel, ...] = ()
+        self.restore_best = restore_best
+        self.teaching = TeacherSettings(
+            source=teacher, quantize=teacher_quantize, logits=teacher_logits, weight=distillation
+        )
+        # No submodule: a teacher is neither trained, saved nor wrapped.
+        self._teacher: Teacher | None = None
+        self._logits: TeacherLogits | None = None
         self.learning_rates = {
             "experts": expert_learning_rate,
             "shared_experts": expert_learning_rate,
@@ -257,83 +273,58 @@ class RecoveryModule(LanguageModelModule):
         return [{"name": name, "params": group, "lr": self.learning_rates[name]} for name, group in groups.items()]
 
     @override
+    def setup(self, stage: str) -> None:
+        """Before the loaders are made: targets on disk go along with the training rows."""
+        if stage != "fit":
+            return
+        if self.restore_best:
+            check_best(self.trainer)
+        self._logits = self.teaching.open_logits()
+        datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(datamodule, TextDataModule):
+            datamodule.attach_teacher(self._logits)
+        elif self._logits is not None:
+            raise ValueError("`teacher_logits` belong to the rows of a TextDataModule: train with one.")
+
+    @override
     def on_fit_start(self) -> None:
         """Loads the teacher, if there is one, beside the student."""
         super().on_fit_start()
-        if self.teacher_source is not None:
-            teacher = load_model(self.teacher_source, dtype=self.settings.dtype).to(self.device)  # pyright: ignore
-            self._check_teacher(teacher)
-            self._teacher = (teacher.requires_grad_(requires_grad=False),)
-
-    def _check_teacher(self, teacher: PreTrainedModel) -> None:
-        """The teacher must be the student before it was cut: same family, depth, width and vocabulary.
-
-        Raises:
-            ValueError: it is another model.
-        """
-        student, other = (model.config.get_text_config() for model in (self.language_model, teacher))
-        for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-            mine, theirs = getattr(student, name), getattr(other, name)
-            if mine != theirs:
-                raise ValueError(
-                    f"`teacher: {self.teacher_source}` is not the unpruned model of this student: `{name}` is "
-                    f"{theirs} there and {mine} here. Name the model that was pruned, or leave `teacher` out."
-                )
+        self._teacher = self.teaching.teacher_for(
+            self.language_model, dtype=self.settings.dtype, device=self.device, logits=self._logits
+        )
 
     @override
     def on_train_end(self) -> None:
-        """Gives up the teacher: what follows needs the memory."""
-        self._teacher = ()
+        """Gives up the teacher, since what follows needs the memory, and goes back to the best weights if asked to."""
+        self._teacher = None
+        if self.restore_best:
+            restore_best(self.trainer, module=self)
 
     @override
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Next-token loss, mixed with the distillation loss where there is a teacher; nats per token."""
-        if not self._teacher:
-            return super().training_step(batch, batch_idx)
-        outputs = self.language_model(**batch, use_cache=False)
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with torch.no_grad():
-            teacher_logits = self._teacher[0](**inputs, use_cache=False).logits
-        distilled = distillation_loss(outputs.logits, teacher_logits, batch["labels"])
-        self.log_dict({"train_loss": outputs.loss, "distillation_loss": distilled}, prog_bar=True)
-        return (1 - self.distillation) * outputs.loss + self.distillation * distilled
+    def objective(self, logits_BSV: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Next-token loss, mixed with the distillation loss where there is a teacher."""
+        if self._teacher is None:
+            return super().objective(logits_BSV, batch)
+        weight = self.teaching.weight
+        distilled = self._teacher.loss(logits_BSV, batch)
+        with torch.set_grad_enabled(weight < 1):  # otherwise it is only logged
+            loss = next_token_loss(logits_BSV, batch["labels"])
+        self.log_dict({"train_loss": loss, "distillation_loss": distilled}, prog_bar=True)
+        return (1 - weight) * loss + weight * distilled
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trained parameters only."""
-        trained = self._trained_shapes()
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        """Keeps what was learned: the trained parameters, and down rows that a repair fitted."""
+        super().on_save_checkpoint(checkpoint)
+        keep_learned(checkpoint, module=self, model=self.language_model)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other adapters: loading is not strict, since the frozen weights are not in it.
+        """Loads the source, gives it the structure of the checkpoint, and puts the frozen weights beside the learned.
 
         Raises:
-            ValueError: a trained parameter is missing, has no place, or has another shape.
+            ValueError: the checkpoint is of another source, cut or adapter, or damaged.
         """
-        stored = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-        present = self._trained_shapes()
-        odd = sorted(name for name in stored.keys() | present.keys() if stored.get(name) != present.get(name))
-        if odd:
-            raise ValueError(
-                f"The checkpoint holds other adapters than the model: '{odd[0]}' is {stored.get(odd[0])} there and "
-                f"{present.get(odd[0])} here (None: absent). Run `fit` or `validate` with the callbacks and settings "
-                "it was trained with; to use the model elsewhere, load what ExportPruned wrote."
-            )
-
-    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-
-def _set_router_loss(model: PreTrainedModel, coefficient: float) -> None:
-    """Sets the coefficient that the model took from its config when it was built.
-
-    Raises:
-        ValueError: this family has no load-balancing loss in transformers.
-    """
-    if "router_aux_loss_coef" not in vars(model):
-        raise ValueError(
-            f"transformers has no load-balancing loss for '{model.config.model_type}'. Set `router_loss` to 0."
-        )
-    model.router_aux_loss_coef = coefficient  # pyright: ignore[reportArgumentType]: a plain number, no module
-    model.config.router_aux_loss_coef = coefficient
+        super().on_load_checkpoint(checkpoint)
+        complete_state(checkpoint, module=self, model=self.language_model)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -46,7 +47,7 @@ def build_optimizer(
     memory and needs a GPU.
 
     Raises:
-        ValueError: unknown name, an empty group, or the paged optimizer without a GPU.
+        ValueError: unknown name, an empty group, 8 bit under FSDP2, or the paged optimizer without a GPU.
     """
     check_optimizer(name)
     for group in groups:
@@ -55,6 +56,8 @@ def build_optimizer(
     settings: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas}
     if name == "adamw":
         return _adamw(groups, settings)
+    if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
+        raise ValueError(f"`optimizer: {name}` does not know FSDP2's shards. Use `adamw`, whose state is sharded too.")
     if name == "paged_adamw8bit" and not torch.cuda.is_available():
         raise ValueError("`optimizer: paged_adamw8bit` needs a GPU and none is visible. Use `adamw` or `adamw8bit`.")
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
