@@ -2,8 +2,18 @@
 
 from callbacks.calibration import ExpertCalibration
 from callbacks.channel_pruning import ChannelPruning
+from callbacks.expert_pruning import ExpertPruning
 from callbacks.export import ExportPruned
 from callbacks.recovery import Recovery
 from callbacks.report import CompressionReport
+from callbacks.router_monitor import RouterMonitor
 
-__all__ = ["ChannelPruning", "CompressionReport", "ExpertCalibration", "ExportPruned", "Recovery"]
+__all__ = [
+    "ChannelPruning",
+    "CompressionReport",
+    "ExpertCalibration",
+    "ExpertPruning",
+    "ExportPruned",
+    "Recovery",
+    "RouterMonitor",
+]

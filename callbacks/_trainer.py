@@ -1,18 +1,27 @@
 """Everything the callbacks need of Trainer internals, in one file."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import torch
+from fsspec.core import url_to_fs
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.cloud_io import _load as pl_load
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_moe.calibration.processes import OwnShare, is_own_share
 from lightning_moe.models.discovery import find_language_model
 from lightning_moe.training.data import TextDataModule
+from lightning_moe.training.module import LanguageModelModule
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 Batch = Mapping[str, Tensor]
@@ -20,12 +29,14 @@ Loaders = Mapping[str, Iterable[Batch]]
 
 
 def language_model(pl_module: LightningModule) -> PreTrainedModel:
-    """The transformers model inside any LightningModule; built through `configure_model` if it is not there yet.
+    """The transformers model inside any LightningModule; built by the module if it is not there yet.
 
     Raises:
         ValueError: there is none, or more than one.
     """
-    if not any(isinstance(module, PreTrainedModel) for module in pl_module.modules()):
+    if isinstance(pl_module, LanguageModelModule):
+        pl_module.load_language_model()  # whole: `configure_model` may shard it
+    elif not any(isinstance(module, PreTrainedModel) for module in pl_module.modules()):
         pl_module.configure_model()
     return find_language_model(pl_module)
 
@@ -80,11 +91,40 @@ def find_optional(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
+def check_averaging(trainer: Trainer, callback: Callback, *, packed: bool = False) -> None:
+    """Refuses Lightning's weight averaging where its copy of the model would not fit the one that is trained.
+
+    Args:
+        trainer: the running trainer.
+        callback: the one that changes the model before training.
+        packed: it packs weights in 4 bit.
+
+    Raises:
+        ValueError: the copy is made too early, or codes of 4-bit weights would be averaged like numbers.
+    """
+    callbacks = callbacks_of(trainer)
+    for position, other in enumerate(callbacks):
+        if not isinstance(other, StochasticWeightAveraging | WeightAveraging):
+            continue
+        name = type(other).__name__
+        if position < callbacks.index(callback):
+            raise ValueError(
+                f"{name} must stand after {type(callback).__name__} in `trainer.callbacks`: it copies the model as it "
+                "finds it."
+            )
+        if packed and isinstance(other, WeightAveraging):
+            raise ValueError(
+                f"{name} would average the codes of 4-bit weights as if they were numbers. Use "
+                "StochasticWeightAveraging, which leaves equal values as they are, or `quantize: none`."
+            )
+
+
 def calibration_loaders(trainer: Trainer, *, num_batches: int | None) -> Loaders:
     """One loader per calibration corpus; the first training batches, as corpus `train`, where there are none.
 
     Training batches are read here, once: they can be run again, and neither the random numbers nor the reading
-    position of the training itself move.
+    position of the training itself move. Of several processes each reads the same ones, to be shared out, or the first
+    of its own share where the training loader gives it one already.
 
     Args:
         trainer: the running trainer.
@@ -123,11 +163,13 @@ def _first_batches(trainer: Trainer, *, num_batches: int) -> list[Batch]:
                 f"Calibration would use up the first {num_batches} batches of a {type(loader).__name__}, which can be "
                 "read only once. Give a DataLoader."
             )
-    batches = [batch for batch, _, _ in islice(combined, num_batches)]
+    shared_out = any(is_own_share(loader) for loader in combined.flattened)
+    num_own = -(-num_batches // trainer.world_size) if shared_out else num_batches
+    batches = [batch for batch, _, _ in islice(combined, num_own)]
     for batch in batches:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise ValueError(f"Calibration needs batches that are dicts with `input_ids`, got {type(batch).__name__}.")
-    return batches
+    return _OwnBatches(batches) if shared_out else batches
 
 
 def validation_loaders(trainer: Trainer) -> Loaders:
@@ -139,7 +181,7 @@ def validation_loaders(trainer: Trainer) -> Loaders:
     datamodule = text_data(trainer)
     if datamodule is None or not datamodule.validation_names:
         raise ValueError("CompressionReport evaluates on held-out text: give a TextDataModule with `validation`.")
-    return dict(zip(datamodule.validation_names, datamodule.val_dataloader(), strict=True))
+    return datamodule.validation_dataloaders()
 
 
 def text_data(trainer: Trainer) -> TextDataModule | None:
@@ -148,10 +190,39 @@ def text_data(trainer: Trainer) -> TextDataModule | None:
     return datamodule if isinstance(datamodule, TextDataModule) else None
 
 
-def loaded_callback_state(trainer: Trainer, callback: Callback) -> dict[str, Any] | None:
-    """What a checkpoint that is being loaded holds for `callback`; Lightning hands it out only after the weights."""
-    checkpoint = trainer._checkpoint_connector._loaded_checkpoint
-    return checkpoint.get("callbacks", {}).get(callback.state_key)
+def resumed_checkpoint(trainer: Trainer) -> Mapping[str, Any] | None:
+    """The checkpoint that this run goes on from, already in `setup`; tensors are not read, or left out (of folders).
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    path, weights_only = _resume_arguments(trainer)
+    if path is None:
+        return None
+    file = Path(path) / "meta.pt" if Path(path).is_dir() else path
+    try:
+        if url_to_fs(str(file))[0].protocol[0] != "file":
+            return pl_load(file, map_location="cpu", weights_only=weights_only)
+        return torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint '{path}' cannot be read: {error}. Was the run killed while it was written, or copied in "
+            "part? Resume from an older one."
+        ) from error
+
+
+def _resume_arguments(trainer: Trainer) -> tuple[Any, bool | None]:
+    """`ckpt_path` (resolved) and `weights_only`: arguments of `Trainer._run`, which it keeps until after `setup`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is Trainer._run.__code__ and frame.f_locals["self"] is trainer:
+            return frame.f_locals["ckpt_path"], frame.f_locals["weights_only"]
+        frame = frame.f_back
+    return trainer.ckpt_path, None
+
+
+class _OwnBatches(list[Batch], OwnShare):
+    """Batches of this process alone."""
 
 
 class _Head(Iterable[Batch]):

@@ -6,11 +6,13 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from callbacks._strategy import check_gatherable, gathered
 from callbacks._trainer import find_callback, find_optional, language_model, text_data
 from callbacks.recovery import Recovery
 from lightning_moe.adapters.storage import AdapterDtype
 from lightning_moe.export.deploy import ExportFormat, ExportResult, check_formats, export_model, needs_adapters
 from lightning_moe.models.loading import DtypeName
+from lightning_moe.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +46,23 @@ class ExportPruned(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before training: formats of adapters need a `Recovery` earlier in the list."""
+        """Before training: formats of adapters need a `Recovery` earlier in the list, shards a module of ours."""
+        check_gatherable(trainer, pl_module)
         if needs_adapters(self.formats):
             find_callback(trainer, Recovery, before=self)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rank 0 writes the folders; Lightning has moved the model to the CPU by now."""
-        if not trainer.is_global_zero:
-            return
-        data, recovery = text_data(trainer), find_optional(trainer, Recovery)
+        """Rank 0 writes the folders; Lightning has moved the model to the CPU by now. FSDP2's shards are gathered."""
+        model, recovery = language_model(pl_module), find_optional(trainer, Recovery)
         peft_model = None if recovery is None else recovery.peft_model
+        if is_sharded(model):
+            model, peft_model = gathered(trainer, pl_module)
+        if model is None or not trainer.is_global_zero:
+            return
+        data = text_data(trainer)
         self.results = export_model(
-            language_model(pl_module),
+            model,
             peft_model=peft_model,
             folder=self.folder,
             formats=self.formats,

@@ -1,0 +1,68 @@
+"""ExpertPruning: whole experts leave, once before training or at configured steps of it."""
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from typing_extensions import override
+
+from callbacks._pruning import Pruning, one_given
+from callbacks._trainer import find_callback, language_model
+from callbacks.calibration import ExpertCalibration
+from lightning_moe.allocation import build_method
+from lightning_moe.allocation.budget import resolve_prune_ratio
+from lightning_moe.allocation.methods import ExpertDropping
+from lightning_moe.records import PrunePlan
+from lightning_moe.surgery.cut import apply_plan
+from lightning_moe.surgery.feasibility import remaining_ratio
+from lightning_moe.surgery.schedule import GradualSchedule
+
+
+class ExpertPruning(Pruning):
+    """Drops whole experts, the lowest-scored of each layer, with their router rows.
+
+    Give exactly one of `prune_ratio` or `keep_ratio` (one cut before training) and `schedule` (cuts at steps of
+    training). Needs an `ExpertCalibration` before it in the list; may stand beside `ChannelPruning`, in any order.
+    Ratios are the share of the unpruned model's channels that is gone from then on, whichever callback removed them.
+
+    Args:
+        prune_ratio: Share of routed-expert channels to remove before training, in [0, 1).
+        keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
+        schedule: `[[step, prune_ratio], ...]`, ascending, or a curve: `{shape: cubic, begin: 100, end: 1000, num_cuts:
+            5, prune_ratio: 0.5}`.
+        method: `reap` (`expert_dropping` is the same): a method that cuts whole experts.
+        method_args: Settings of the method, for example `{criterion: ablation}`.
+        save_plan: Where the plan is written (of a schedule, the last one).
+    """
+
+    def __init__(
+        self,
+        *,
+        prune_ratio: float | None = None,
+        keep_ratio: float | None = None,
+        schedule: list[tuple[int, float]] | GradualSchedule | None = None,
+        method: str = "reap",
+        method_args: dict[str, Any] | None = None,
+        save_plan: str | None = None,
+    ) -> None:
+        ratios = {"prune_ratio": prune_ratio, "keep_ratio": keep_ratio}
+        one_given(ratios | {"schedule": schedule})
+        built = build_method(method, **(method_args or {}))
+        if not isinstance(built, ExpertDropping):
+            raise ValueError(f"ExpertPruning needs a method that drops whole experts, such as 'reap', got '{method}'.")
+        super().__init__(
+            prune_ratio=resolve_prune_ratio(**ratios) if schedule is None else None,
+            schedule=schedule,
+            method=built,
+            save_plan=save_plan,
+        )
+
+    @override
+    def cut_before_training(self, trainer: Trainer, pl_module: LightningModule) -> PrunePlan:
+        """Plans on the statistics of the model as it is, and cuts."""
+        assert self.prune_ratio is not None
+        model = language_model(pl_module)
+        statistics = find_callback(trainer, ExpertCalibration, before=self).statistics_of(trainer, pl_module)
+        ratio = remaining_ratio(model, prune_ratio=self.prune_ratio)
+        plan: PrunePlan = trainer.strategy.broadcast(self.method.plan(statistics, prune_ratio=ratio))
+        apply_plan(model, plan=plan)
+        return plan
