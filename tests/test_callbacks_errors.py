@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from tiny_models import tiny_model
 from tiny_runs import (
     ForeignModule,
@@ -15,13 +15,11 @@ from tiny_runs import (
     token_batches,
 )
 
-from callbacks import ChannelPruning, CompressionReport, ExpertCalibration, ExportPruned, Recovery
+from callbacks import ChannelPruning, CompressionReport, ExpertCalibration, ExpertPruning, ExportPruned, Recovery
 from lightning_moe.adapters.inject import AdapterConfig
 from lightning_moe.allocation import build_method
 from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.models.discovery import moe_layers
-from lightning_moe.quantization.linears import quantize_model
-from lightning_moe.surgery.cut import convert_experts
 
 ADAPTER = AdapterConfig(expert_rank=2, router_rank=2)
 
@@ -57,8 +55,20 @@ def calibrate():
         ),
         (lambda: [Recovery(adapter=ADAPTER), calibrate()], "ExpertCalibration must stand before Recovery"),
         (
-            lambda: [calibrate(), ChannelPruning(schedule=[(1, 0.5)]), Recovery(adapter=ADAPTER)],
-            "Recovery trains adapters, and `schedule` cuts weights in training",
+            lambda: [calibrate(), Recovery(adapter=ADAPTER), ExpertPruning(prune_ratio=0.5)],
+            "ExpertPruning must stand before Recovery",
+        ),
+        (
+            lambda: [ExpertCalibration(window=2), ChannelPruning(schedule=[(0, 0.25), (1, 0.5)])],
+            "`schedule` cuts at step 0, and `window: 2` has seen no batch by then",
+        ),
+        (
+            lambda: [ExpertCalibration(window=2), ChannelPruning(prune_ratio=0.5)],
+            "`window: 2` is for scheduled cuts, and no callback here has a `schedule`",
+        ),
+        (
+            lambda: [calibrate(), ExpertPruning(schedule=[(1, 0.9)])],
+            "prune ratio 0.9 leaves 1 of 8 experts, but 2 must stay",
         ),
         (lambda: [ExportPruned(folder="x")], "ExportPruned needs a Recovery before it"),
         (
@@ -74,19 +84,6 @@ def calibrate():
 )
 def test_lists_that_cannot_work(callbacks, match):
     refused(callbacks(), match=match)
-
-
-def test_a_schedule_on_several_devices(monkeypatch):
-    monkeypatch.setattr(Trainer, "world_size", property(lambda self: 2))
-    refused([calibrate(), ChannelPruning(schedule=[(1, 0.5)])], match="Scheduled cuts run on one device, got 2")
-
-
-def test_a_schedule_on_a_packed_model():
-    model = tiny_model()
-    convert_experts(model)
-    quantize_model(model)
-    callbacks = [calibrate(), ChannelPruning(schedule=[(1, 0.5)])]
-    refused(callbacks, match="is in 4 bit, and `schedule` cuts weights", module=ForeignModule(model=model))
 
 
 def test_statistics_of_another_model(tmp_path):
@@ -212,6 +209,12 @@ def test_a_plan_without_repair_needs_no_calibration(tmp_path):
         ),
         (lambda: ChannelPruning(prune_ratio=0.5, method_args={"aling": 8}), r"has the settings .*got \['aling'\]"),
         (lambda: ExpertCalibration(num_batches=0), "`num_batches` must be at least 1, got 0"),
+        (lambda: ExpertCalibration(window=0), "`window` must be at least 1, got 0"),
+        (lambda: ExpertPruning(), "exactly one of `prune_ratio`, `keep_ratio` and `schedule`, got"),
+        (
+            lambda: ExpertPruning(prune_ratio=0.5, method="exact_global"),
+            "needs a method that drops whole experts, such as 'reap', got 'exact_global'",
+        ),
         (lambda: Recovery(quantize="int8"), "`quantize` must be 'nf4' or 'none', got 'int8'"),
         (lambda: ExportPruned(folder="x", formats=["gguf"]), "Unknown export format 'gguf'. Known: adapter"),
         (lambda: ExportPruned(folder="x", formats=[]), "Name at least one export format of adapter"),

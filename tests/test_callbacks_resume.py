@@ -1,108 +1,134 @@
-"""Checkpoints of a recovery run: adapters only, resumed bit by bit, refused where they do not belong."""
+"""What callbacks see of the checkpoint that a run goes on from: read before anything is calibrated, or refused."""
 
 import pytest
 import torch
-from lightning import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import quiet_trainer, save_model, save_text, text_module
+from lightning import Callback
+from resume_runs import ADAPTER, ALIGN, prepare, recovery, run, whole
+from tiny_runs import quiet_trainer, text_module
 
 from callbacks import ChannelPruning, ExpertCalibration, Recovery
+from callbacks._trainer import resumed_checkpoint
+from callbacks.exact_resume import ExactResume
 from lightning_moe.adapters.inject import AdapterConfig
-from lightning_moe.training.module import RecoveryModule
 
 pytestmark = [
+    pytest.mark.resume,
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = save_text(tmp_path_factory.mktemp("resume"))
-    save_model(folder / "model")
+    folder = prepare(tmp_path_factory.mktemp("resume"))
+    run("one_shot", folder, name="stopped", max_steps=2)
+    run("whole", folder, name="unadapted", max_steps=2)
     return folder
 
 
-def fit(folder, *, max_steps, name, ckpt_path=None, entry="fit", prune_ratio=0.5, method="exact_global", rank=2):
-    """A recovery run whose learning rate does not depend on where it is to stop."""
-    seed_everything(0, verbose=False)  # adapters begin at random
-    module = RecoveryModule(
-        source=str(folder / "model"), gradient_checkpointing=False, schedule="constant_with_warmup", warmup_ratio=0.0
-    )
-    callbacks = [
-        ExpertCalibration(),
-        ChannelPruning(prune_ratio=prune_ratio, method=method, method_args={"align": 8}),
-        Recovery(adapter=AdapterConfig(expert_rank=rank, router_rank=2)),
-        # Within the epoch: a checkpoint after `max_steps` counts its epoch as done.
-        ModelCheckpoint(dirpath=folder / name, every_n_train_steps=1, save_last=True),
-    ]
-    trainer = quiet_trainer(
-        callbacks, max_steps=max_steps, enable_checkpointing=True, deterministic=True, limit_val_batches=1.0
-    )
-    if entry == "validate":
-        trainer.validate(module, datamodule=text_module(folder), ckpt_path=ckpt_path, verbose=False)
-    else:
-        trainer.fit(module, datamodule=text_module(folder, validation=None), ckpt_path=ckpt_path)
-    return module, trainer
+def go_on(folder, callbacks, *, path="stopped/last.ckpt", module=None, **settings):
+    trainer = quiet_trainer(callbacks, max_steps=4, **settings)
+    module = (module or recovery())(folder)
+    trainer.fit(module, datamodule=text_module(folder, validation=None), ckpt_path=str(folder / path))
+    return module
 
 
-@pytest.fixture(scope="module")
-def stopped(folder):
-    fit(folder, max_steps=2, name="stopped")
-    return folder / "stopped" / "last.ckpt"
+def calibrated_cut(**settings):
+    return [ExpertCalibration(), ChannelPruning(**({"prune_ratio": 0.5, "method_args": ALIGN} | settings))]
 
 
-def test_the_checkpoint_holds_the_adapters_and_nothing_else(folder, stopped):
-    checkpoint = torch.load(stopped, weights_only=True)
-    names = list(checkpoint["state_dict"])
-    assert names
-    assert all("lora_" in name for name in names)
-    assert stopped.stat().st_size < (folder / "model" / "model.safetensors").stat().st_size / 2
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"adapter": AdapterConfig(expert_rank=3, router_rank=8, attention_rank=2)},
+            r"\{'expert_rank': 3\}.*with \[2\]",
+        ),
+        (
+            {"adapter": ADAPTER, "quantize": "none"},
+            r"Recovery has \{'quantize': 'none'\}, .*\['nf4'\]. Resume with the",
+        ),
+    ],
+)
+def test_other_settings_of_recovery_are_refused(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        go_on(folder, [*calibrated_cut(), Recovery(**settings)])
 
 
-def test_a_resumed_run_ends_with_the_same_weights(folder, stopped):
-    whole, _ = fit(folder, max_steps=4, name="whole")
-    resumed, trainer = fit(folder, max_steps=4, name="resumed", ckpt_path=stopped)
-    assert trainer.global_step == 4
-    expected, half = whole.state_dict(), torch.load(stopped, weights_only=True)["state_dict"]
-    for name, value in resumed.state_dict().items():
-        assert torch.equal(value, expected[name]), name
-    assert any(not torch.equal(value, expected[name]) for name, value in half.items())
+def test_another_cut_is_refused(folder):
+    with pytest.raises(ValueError, match=r"'ratio': 0.5.*and this run has ChannelPruning.*'ratio': 0.25"):
+        go_on(folder, [*calibrated_cut(prune_ratio=0.25), Recovery(adapter=ADAPTER)])
 
 
-def test_validate_with_a_checkpoint_sees_the_trained_adapters(folder, stopped):
-    trained, trainer = fit(folder, max_steps=2, name="again")
-    validated, other = fit(folder, max_steps=2, name="v", ckpt_path=stopped, entry="validate")
-    trainer.validate(trained, datamodule=text_module(folder), verbose=False)
-    assert other.callback_metrics["nll"].item() == trainer.callback_metrics["nll"].item()
-    names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
-    assert all(torch.equal(validated.state_dict()[name], trained.state_dict()[name]) for name in names)
+def test_recovery_is_refused_where_the_checkpoint_has_no_adapter(folder):
+    schedule = [ExpertCalibration(), ChannelPruning(schedule=[(1, 0.2), (4, 0.4)], method_args=ALIGN)]
+    with pytest.raises(ValueError, match=r"written by a run without Recovery. Leave Recovery out, or start a new run"):
+        go_on(folder, [*schedule, Recovery(adapter=ADAPTER)], path="unadapted/last.ckpt", module=whole)
 
 
-def test_a_checkpoint_of_another_rank_is_refused(folder, stopped):
-    with pytest.raises(
-        ValueError, match=r"holds other adapters than the model: .* Run `fit` or `validate` with the cal"
-    ):
-        fit(folder, max_steps=4, name="x", ckpt_path=stopped, rank=3)
+def test_nothing_is_calibrated_again(folder, monkeypatch):
+    monkeypatch.setattr("callbacks.calibration.collect_statistics", None)
+    monkeypatch.setattr("callbacks.channel_pruning.plan_repair", None)
+    module = go_on(folder, [*calibrated_cut(), Recovery(adapter=ADAPTER)])
+    assert module.trainer.global_step == 4
 
 
-def test_a_checkpoint_of_another_cut_is_refused(folder, stopped):
-    with pytest.raises(ValueError, match=r"holds other adapters|belongs to another cut"):
-        fit(folder, max_steps=4, name="x", ckpt_path=stopped, prune_ratio=0.25)
+def test_a_file_that_is_not_there_is_named_before_anything_is_calibrated(folder):
+    with pytest.raises(ValueError, match=r"The checkpoint '.*gone.ckpt' cannot be read: .*No such file"):
+        go_on(folder, calibrated_cut(), path="gone.ckpt")
 
 
-def test_a_checkpoint_of_another_cut_with_the_same_widths_is_refused(folder):
-    fit(folder, max_steps=1, name="uniform", method="uniform")
-    checkpoint = torch.load(folder / "uniform" / "last.ckpt", weights_only=True)
-    (key,) = [key for key in checkpoint["callbacks"] if key.startswith("ChannelPruning")]
-    (plan,) = checkpoint["callbacks"][key]["plans"]
-    name = next(iter(plan["keep"]))
-    plan["keep"][name] = plan["keep"][name][::-1]  # other channels, same widths
-    torch.save(checkpoint, folder / "other.ckpt")
-    with pytest.raises(ValueError, match="belongs to another cut than the one just made"):
-        fit(folder, max_steps=2, name="x", ckpt_path=folder / "other.ckpt", method="uniform")
+@pytest.mark.parametrize("length", [0, 10, 5000, -30])
+def test_a_truncated_file_is_named(folder, length):
+    whole_file = (folder / "stopped" / "last.ckpt").read_bytes()
+    (folder / "half.ckpt").write_bytes(whole_file[:length])
+    with pytest.raises(ValueError, match=r"half.ckpt' cannot be read: .*Was the run killed while it was written"):
+        go_on(folder, calibrated_cut(), path="half.ckpt")
 
 
-def test_loading_without_the_callbacks_is_refused(stopped):
-    with pytest.raises(ValueError, match="load what ExportPruned wrote"):
-        RecoveryModule.load_from_checkpoint(stopped)
+class Look(Callback):
+    """What a callback's setup sees."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.seen = resumed_checkpoint(trainer)
+
+
+def test_without_a_checkpoint_there_is_none(folder):
+    look = Look()
+    quiet_trainer([look]).fit(whole(folder), datamodule=text_module(folder, validation=None))
+    assert look.seen is None
+    assert resumed_checkpoint(quiet_trainer()) is None
+
+
+def test_the_checkpoint_of_a_requeued_job_is_found(tmp_path):
+    torch.save({"step": 7}, tmp_path / "hpc_ckpt_1.ckpt")
+    look = Look()
+    with pytest.raises(KeyError):  # Lightning's own reading of what is no checkpoint
+        quiet_trainer([look], default_root_dir=tmp_path).fit(whole(prepare(tmp_path)), ckpt_path="hpc")
+    assert look.seen == {"step": 7}
+
+
+def test_of_a_folder_the_part_that_is_not_tensors_is_read(folder):
+    (folder / "shards").mkdir()
+    torch.save({"step": 8}, folder / "shards" / "meta.pt")
+    trainer = quiet_trainer()
+    trainer.ckpt_path = folder / "shards"
+    assert resumed_checkpoint(trainer) == {"step": 8}
+
+
+def test_a_remote_file_is_read():
+    fsspec = pytest.importorskip("fsspec")
+    with fsspec.open("memory://there.ckpt", "wb") as file:
+        torch.save({"step": 9}, file)
+    trainer = quiet_trainer()
+    trainer.ckpt_path = "memory://there.ckpt"
+    assert resumed_checkpoint(trainer) == {"step": 9}
+
+
+def test_exact_resume_stands_first_and_once(folder):
+    trainer = quiet_trainer([*calibrated_cut(), Recovery(adapter=ADAPTER)])
+    trainer.fit(recovery()(folder), datamodule=text_module(folder, validation=None))
+    assert [isinstance(callback, ExactResume) for callback in trainer.callbacks].index(True) == 0
+    assert sum(isinstance(callback, ExactResume) for callback in trainer.callbacks) == 1

@@ -17,7 +17,14 @@ from lightning_moe.files import read_json
 from lightning_moe.records import PrunePlan
 
 HUB = re.compile(r"paper_a_|qwen3_30b")
-COMMAND_OF = {"quickstart_calibrate": "calibrate", "quickstart_compare": "compare"}
+COMMAND_OF = {"quickstart_calibrate": "calibrate", "quickstart_compare": "compare", "quickstart_teach": "teach"}
+BELOW = {
+    "recover_small": "quickstart.yaml",
+    "early_stopping": "quickstart.yaml",
+    "my_model": "recovery.yaml",
+    "ddp_recovery": "recovery.yaml",
+    "fsdp2_recovery": "recovery.yaml",
+}
 
 
 class ParseOnly(cli.CompressionCLI):
@@ -43,7 +50,7 @@ def stacked(path):
     elif HUB.search(path.name):
         below = ["paper_a.yaml", "data/c4.yaml", "data/alpaca.yaml"]
     else:
-        below = {"recover_small": ["quickstart.yaml"], "my_model": ["recovery.yaml"]}.get(path.stem, [])
+        below = [BELOW[path.stem]] if path.stem in BELOW else []
     return [part for file in [*(CONFIGS / name for name in below), path] for part in ("--config", str(file))]
 
 

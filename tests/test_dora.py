@@ -8,7 +8,6 @@ from torch import nn
 
 from lightning_moe.adapters import DoraExperts, cut_dora_experts
 from lightning_moe.adapters.functional import adapted_norm, adapted_weight, squared_norms
-from lightning_moe.surgery.cut import select_rows
 
 # Two experts of width 16, two of 48, one of 32, one of width 0 and one (index 6) that gets no token.
 WIDTHS = [48, 16, 32, 0, 16, 48, 32]
@@ -171,20 +170,20 @@ def test_cut_adapter_equals_the_masked_one(packed: bool, evict: bool) -> None:
         keep_C[48:64] = False
     hidden_TH, index_TK, weights_TK = routed_input(30, experts, hit=kept)
     expected = _masked_output(layer, keep_C, hidden_TH, index_TK, weights_TK)
-    cut = cut_dora_experts(layer, keep_C=keep_C, kept_experts=kept, select_rows=select_rows)
+    cut_dora_experts(layer, keep_C=keep_C, kept_experts=kept)
     renumbered = torch.tensor([kept.index(e) if e in kept else -1 for e in range(4)])[index_TK]
-    torch.testing.assert_close(cut(hidden_TH, renumbered, weights_TK), expected, rtol=1e-4, atol=1e-5)
-    assert cut.experts.widths == tuple(int(part.sum()) for e, part in enumerate(keep_C.split(widths)) if e in kept)
-    assert all(parameter.requires_grad for parameter in cut.adapter_parameters("default").values())
+    torch.testing.assert_close(layer(hidden_TH, renumbered, weights_TK), expected, rtol=1e-4, atol=1e-5)
+    assert layer.experts.widths == tuple(int(part.sum()) for e, part in enumerate(keep_C.split(widths)) if e in kept)
+    assert all(parameter.requires_grad for parameter in layer.adapter_parameters("default").values())
 
 
 def test_cut_under_a_masked_router_keeps_width_zero_experts() -> None:
     layer = adapted(channel_experts([16, 16, 32]))
     keep_C = torch.ones(64, dtype=torch.bool)
     keep_C[:16] = False
-    cut = cut_dora_experts(layer, keep_C=keep_C, kept_experts=[0, 1, 2], select_rows=select_rows)
-    assert cut.experts.widths == (0, 16, 32)
-    assert all(parameter.isfinite().all() for parameter in cut.adapter_parameters("default").values())
+    cut_dora_experts(layer, keep_C=keep_C, kept_experts=[0, 1, 2])
+    assert layer.experts.widths == (0, 16, 32)
+    assert all(parameter.isfinite().all() for parameter in layer.adapter_parameters("default").values())
 
 
 def test_no_tokens_give_no_output() -> None:
@@ -224,9 +223,6 @@ def test_errors() -> None:
     layer = adapted(channel_experts([16, 16]))
     with pytest.raises(ValueError, match=r"merge_adapters.*dequantises first"):
         layer.merge()
-    layer.enable_adapters(False)
-    with pytest.raises(ValueError, match=r"no active adapter: enable it"):
-        cut_dora_experts(layer, keep_C=torch.ones(32, dtype=torch.bool), kept_experts=[0, 1], select_rows=select_rows)
 
 
 def _masked_output(

@@ -7,7 +7,6 @@ from tiny_models import tiny_model
 from lightning_moe.models.discovery import model_shape, moe_layers
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.cut import apply_plan, convert_experts
-from lightning_moe.surgery.optimizer_state import follow_cut
 
 
 def halving_plan(model, *, evict=()):
@@ -45,7 +44,7 @@ def test_moments_of_kept_rows_are_kept_and_the_parameter_goes_on_training():
     moments = optimizer.state[experts.gate_proj.weight]["exp_avg"].clone()
     # Equal widths: storage order is the router's order, so the kept rows are the even ones.
     kept = moments[torch.arange(len(moments)) % 2 == 0]
-    follow_cut([optimizer], replaced=apply_plan(model, plan=halving_plan(model)))
+    apply_plan(model, plan=halving_plan(model), optimizers=[optimizer])
     weight = moe_layers(model)[0].experts.gate_proj.weight
     assert torch.equal(optimizer.state[weight]["exp_avg"], kept)
     assert optimizer.state[weight]["step"] == 1
@@ -59,7 +58,7 @@ def test_moments_of_kept_rows_are_kept_and_the_parameter_goes_on_training():
 def test_groups_keep_their_order_their_rates_and_hold_no_old_parameter():
     model, optimizer = trained_model()
     sizes = [len(group["params"]) for group in optimizer.param_groups]
-    follow_cut([optimizer], replaced=apply_plan(model, plan=halving_plan(model, evict=(3,))))
+    apply_plan(model, plan=halving_plan(model, evict=(3,)), optimizers=[optimizer])
     assert [len(group["params"]) for group in optimizer.param_groups] == sizes
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
     in_model = {id(parameter) for parameter in model.parameters()}
@@ -70,7 +69,7 @@ def test_groups_keep_their_order_their_rates_and_hold_no_old_parameter():
 def test_router_rows_follow_an_evicted_expert():
     model, optimizer = trained_model()
     moments = optimizer.state[moe_layers(model)[0].router.weight]["exp_avg_sq"].clone()
-    follow_cut([optimizer], replaced=apply_plan(model, plan=halving_plan(model, evict=(3,))))
+    apply_plan(model, plan=halving_plan(model, evict=(3,)), optimizers=[optimizer])
     router = moe_layers(model)[0].router
     kept = [expert for expert in range(len(moments)) if expert != 3]
     assert router.weight.shape[0] == len(kept)
@@ -82,6 +81,6 @@ def test_a_cut_before_the_first_step_leaves_no_state_behind(fresh):
     model = tiny_model("qwen3_moe", seed=0)
     convert_experts(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if fresh else torch.optim.AdamW(model.parameters())
-    follow_cut([optimizer], replaced=apply_plan(model, plan=halving_plan(model)))
+    apply_plan(model, plan=halving_plan(model), optimizers=[optimizer])
     assert not optimizer.state
     step(model.train(), optimizer)

@@ -15,6 +15,7 @@ from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.surgery.cut import convert_experts
 from lightning_moe.training.module import LanguageModelModule, RecoveryModule
 from lightning_moe.training.optim import build_optimizer, build_schedule
+from lightning_moe.training.router_loss import RouterLogits, load_balancing_loss
 
 WITHOUT_VALIDATION = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 
@@ -272,42 +273,22 @@ def test_configure_model_loads_once(folder):
     assert module.model is model
 
 
-def test_a_family_without_a_load_balancing_loss(tmp_path):
-    module = LanguageModelModule(source=save_model(tmp_path / "v3", "deepseek_v3"), router_loss=0.1)
-    with pytest.raises(ValueError, match="transformers has no load-balancing loss for 'deepseek_v3'"):
-        module.configure_model()
-
-
-def test_the_load_balancing_loss_is_added(folder):
-    losses = {}
+@pytest.mark.parametrize("kind", [LanguageModelModule, RecoveryModule])
+def test_the_load_balancing_loss_is_added_and_logged(folder, kind):
+    batch, losses, logged = token_batches(1)[0], {}, {}
     for coefficient in (0.0, 0.5):
-        module = LanguageModelModule(source=str(folder / "model"), router_loss=coefficient)
+        module = kind(source=str(folder / "model"), router_loss=coefficient, gradient_checkpointing=False)
         module.configure_model()
-        module.log = lambda *_, **__: None
-        losses[coefficient] = module.training_step(token_batches(1)[0], 0).item()
-    # transformers' loss is E * sum_e share_e * probability_e over K choices: 2 for evenly used experts, or more.
-    assert losses[0.5] - losses[0.0] >= 0.5 * 2 * 0.99
+        module.log = lambda name, value, **_: logged.update({name: value.item()})
+        losses[coefficient] = module.training_step(batch, 0).item()
+    with RouterLogits(module.language_model) as routers:
+        stock = module.language_model(**batch).loss.item()
+    balance = load_balancing_loss(routers.outputs).item()
+    assert losses[0.0] == pytest.approx(stock, rel=1e-5)
+    assert losses[0.5] == pytest.approx(stock + 0.5 * balance, rel=1e-5)
+    assert logged == pytest.approx({"train_loss": stock, "router_loss": balance}, rel=1e-5)
 
 
-@WITHOUT_VALIDATION
-def test_distillation_mixes_two_losses_and_gives_up_its_teacher(folder):
-    module = recovery_module(folder, name="model", teacher=str(folder / "model"), distillation=0.25)
-    recovery = Recovery(quantize="none", adapter=AdapterConfig(expert_rank=2, router_rank=2))
-    trainer = quiet_trainer([recovery], max_steps=1)
-    trainer.fit(module, datamodule=text_module(folder, validation=None))
-    # An unpruned student with adapters at zero equals its teacher: no distillation loss at the first step.
-    assert trainer.callback_metrics["distillation_loss"] == pytest.approx(0, abs=1e-5)
-    assert not module._teacher
-
-
-@WITHOUT_VALIDATION
-def test_another_model_is_no_teacher(folder):
-    module = recovery_module(folder, name="model", teacher="asset:small_moe")
-    recovery = Recovery(quantize="none", adapter=AdapterConfig(expert_rank=2, router_rank=2))
-    with pytest.raises(ValueError, match=r"`teacher: asset:small_moe` is not the unpruned model .* 6 there and 2"):
-        quiet_trainer([recovery], max_steps=1).fit(module, datamodule=text_module(folder, validation=None))
-
-
-def test_the_weight_of_distillation_is_checked(folder):
-    with pytest.raises(ValueError, match=r"`distillation` is the weight of the distillation loss, in \(0, 1\], got 0"):
-        recovery_module(folder, distillation=0)
+def test_the_coefficient_of_the_load_balancing_loss_is_checked(folder):
+    with pytest.raises(ValueError, match=r"`router_loss` is the coefficient of a loss, 0 or more, got -0.1"):
+        LanguageModelModule(source=str(folder / "model"), router_loss=-0.1)

@@ -1,0 +1,81 @@
+"""Calibrations that one process and several must agree on; each is a function of the processes that share it."""
+
+import torch
+from tiny_models import random_tokens, tiny_model
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_moe.allocation import build_method
+from lightning_moe.calibration.collector import collect_statistics
+from lightning_moe.calibration.processes import ALONE
+from lightning_moe.models.discovery import moe_layers
+from lightning_moe.surgery.repair import plan_repair
+
+
+class Stream(IterableDataset):
+    """Read once per iterator, of unknown length."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
+
+
+def text(num_batches, *, seed, batch=2, padded=False):
+    batches = []
+    for index in range(num_batches):
+        ids = random_tokens(batch=batch, length=16, seed=100 * seed + index)
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[0, 11 + index % 3 :] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def loaders(name):
+    """`uneven`: 5 and 3 batches, one corpus with padding; `short`: a corpus of one batch; `stream`: no length."""
+    if name == "uneven":
+        return {"a": text(5, seed=1), "b": text(3, seed=2, padded=True)}
+    if name == "short":
+        return {"a": text(2, seed=3), "b": text(1, seed=4)}
+    return {"a": DataLoader(Stream(text(7, seed=5)), batch_size=None)}
+
+
+CALIBRATIONS = ("uneven", "short", "stream")
+
+
+def statistics_of(name, *, processes=ALONE):
+    model = tiny_model("qwen2_moe")
+    statistics = collect_statistics(model, loaders=loaders(name), progress=False, processes=processes)
+    return {corpus: [dict(layer) for layer in layers] for corpus, layers in statistics.corpora.items()}
+
+
+def repaired(*, processes=ALONE):
+    model = tiny_model(dtype=torch.float64)
+    batches = {"a": text(5, seed=6, batch=24), "b": text(2, seed=7, batch=24, padded=True)}
+    statistics = collect_statistics(model, loaders=batches, progress=False)
+    plan = build_method("exact_global", align=8).plan(statistics, prune_ratio=0.5)
+    repair = plan_repair(model, plan=plan, loaders=batches, progress=False, processes=processes)
+    return {
+        "rows": list(repair.down_rows),
+        "errors": torch.tensor([repair.error_before, repair.error_after], dtype=torch.float64),
+        "counts": list(repair.num_repaired),
+    }
+
+
+def message_of(name, *, processes=ALONE):
+    """What a calibration says that must fail; every process must hear it."""
+    model, batches = tiny_model(), loaders("uneven")
+    if name == "nan":
+        if processes.rank == 0:  # the others are well, and must not wait
+            moe_layers(model)[1].experts.gate_up_proj.data.fill_(float("nan"))
+    elif name == "empty":
+        batches["none"] = []
+    else:
+        batches["blank"] = [{"input_ids": random_tokens(), "attention_mask": torch.zeros(2, 16, dtype=torch.int64)}]
+    try:
+        collect_statistics(model, loaders=batches, progress=False, processes=processes)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"calibration '{name}' was not refused")
