@@ -11,10 +11,10 @@ from lightning import LightningModule, Trainer
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from callbacks._averaging import check_averaging
 from callbacks._strategy import check_strategy, check_whole, processes, wrap_again
 from callbacks._trainer import (
     callbacks_of,
-    check_averaging,
     find_callback,
     is_first_setup,
     language_model,
@@ -79,7 +79,7 @@ class Pruning(StatisticsUser):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """One-shot: cut before optimizers exist. Scheduled: full-width experts. Resumed: the checkpoint's cut."""
         check_strategy(trainer, scheduled=self.in_training)
-        check_averaging(trainer, self)
+        check_averaging(trainer, self, scheduled=self.in_training)
         resume_exactly(trainer)
         model = language_model(pl_module)
         first, checkpoint = is_first_setup(self, model=model, done=self._model), resumed_checkpoint(trainer)

@@ -6,7 +6,6 @@ from typing import Any
 
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -20,7 +19,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from callbacks._trainer import callbacks_of
 from lightning_moe.calibration.processes import Processes
 from lightning_moe.training.checkpoint import restore_structure
 from lightning_moe.training.module import LanguageModelModule
@@ -45,7 +43,7 @@ def check_strategy(trainer: Trainer, *, scheduled: bool) -> None:
 
     Raises:
         ValueError: another strategy than one device, DDP and FSDP2, weights that accelerate keeps elsewhere, or cuts
-            during training with FSDP2 or with a callback that averages weights.
+            during training with FSDP2.
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
@@ -68,8 +66,6 @@ def check_strategy(trainer: Trainer, *, scheduled: bool) -> None:
             f"{name} shards parameters before training and does not follow a cut in it. Cut once before training "
             "(`prune_ratio`), or use `ddp` or one device for a schedule."
         )
-    if scheduled:
-        _check_averages(trainer)
 
 
 def check_whole(model: PreTrainedModel) -> None:
@@ -132,16 +128,6 @@ def wrap_again(trainer: Trainer) -> None:
     gc.collect()
     strategy._pl_static_graph_delay_done = False
     strategy.configure_ddp()
-
-
-def _check_averages(trainer: Trainer) -> None:
-    """Refuses callbacks that hold a copy of the module in its old shape."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-            raise ValueError(
-                f"{type(callback).__name__} averages weights of one shape, and `schedule` changes it in training. Cut "
-                "once before training (`prune_ratio`), or average in a second run, after the last cut."
-            )
 
 
 def _check_placement(pl_module: nn.Module) -> None:

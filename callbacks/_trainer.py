@@ -11,7 +11,6 @@ import torch
 from fsspec.core import url_to_fs
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import _load as pl_load
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -89,34 +88,6 @@ def find_callback(trainer: Trainer, kind: type[CallbackT], *, before: Callback) 
 def find_optional(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
     """The first callback of this class in the trainer's list, if there is one."""
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
-
-
-def check_averaging(trainer: Trainer, callback: Callback, *, packed: bool = False) -> None:
-    """Refuses Lightning's weight averaging where its copy of the model would not fit the one that is trained.
-
-    Args:
-        trainer: the running trainer.
-        callback: the one that changes the model before training.
-        packed: it packs weights in 4 bit.
-
-    Raises:
-        ValueError: the copy is made too early, or codes of 4-bit weights would be averaged like numbers.
-    """
-    callbacks = callbacks_of(trainer)
-    for position, other in enumerate(callbacks):
-        if not isinstance(other, StochasticWeightAveraging | WeightAveraging):
-            continue
-        name = type(other).__name__
-        if position < callbacks.index(callback):
-            raise ValueError(
-                f"{name} must stand after {type(callback).__name__} in `trainer.callbacks`: it copies the model as it "
-                "finds it."
-            )
-        if packed and isinstance(other, WeightAveraging):
-            raise ValueError(
-                f"{name} would average the codes of 4-bit weights as if they were numbers. Use "
-                "StochasticWeightAveraging, which leaves equal values as they are, or `quantize: none`."
-            )
 
 
 def calibration_loaders(trainer: Trainer, *, num_batches: int | None) -> Loaders:

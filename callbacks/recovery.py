@@ -10,8 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from callbacks._averaging import check_averaging
 from callbacks._strategy import check_strategy, check_whole
-from callbacks._trainer import callbacks_of, check_averaging, is_first_setup, language_model, resumed_checkpoint
+from callbacks._trainer import callbacks_of, is_first_setup, language_model, resumed_checkpoint
 from callbacks.calibration import ExpertCalibration, StatisticsUser
 from callbacks.exact_resume import resume_exactly
 from lightning_moe.adapters.groups import describe_trainable, trainable_groups

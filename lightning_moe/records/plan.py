@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_moe.files import read_json, write_atomically
+from lightning_moe.records.masks import mask_from_hex, mask_to_hex
 from lightning_moe.records.shape import LayerShape, ModelShape
 from lightning_moe.records.statistics import check_record
 
@@ -191,27 +191,17 @@ class PrunePlan:
 
 
 def _to_hex(keep_C: Tensor, *, widths: tuple[int, ...]) -> list[str]:
-    return [np.packbits(part.numpy()).tobytes().hex() for part in keep_C.split(widths)]
+    return [mask_to_hex(part) for part in keep_C.split(widths)]
 
 
 def _from_hex(masks: object, *, layer: LayerShape) -> Tensor:
     if not isinstance(masks, list) or len(masks) != layer.num_experts:
         raise ValueError(f"{layer.name}: `keep` must be a list of {layer.num_experts} masks.")
-    for expert, (mask, width) in enumerate(zip(masks, layer.widths, strict=True)):
-        digits = 2 * -(-width // 8)
-        if not isinstance(mask, str) or len(mask) != digits:
-            came = f"{len(mask)} characters" if isinstance(mask, str) else type(mask).__name__
-            raise ValueError(f"{layer.name}: the mask of expert {expert} must have {digits} digits, got {came}.")
-    parts = []
-    for expert, (mask, width) in enumerate(zip(masks, layer.widths, strict=True)):
-        try:
-            bits = np.unpackbits(np.frombuffer(bytes.fromhex(mask), dtype=np.uint8))
-        except ValueError as error:
-            raise ValueError(f"{layer.name}: the mask of expert {expert} is not hexadecimal: {mask!r}.") from error
-        if bits[width:].any():
-            raise ValueError(f"{layer.name}: the mask of expert {expert} has bits beyond its {width} channels.")
-        parts.append(bits[:width])
-    return torch.from_numpy(np.concatenate(parts).astype(bool))
+    parts = [
+        mask_from_hex(mask, num_channels=width, what=f"{layer.name}: the mask of expert {expert}")
+        for expert, (mask, width) in enumerate(zip(masks, layer.widths, strict=True))
+    ]
+    return torch.cat(parts)
 
 
 def _dump(value: object, *, indent: str) -> str:

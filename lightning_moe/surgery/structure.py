@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-import numpy as np
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_moe.adapters.storage import adapter_settings, add_adapter
@@ -20,6 +19,7 @@ from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
 from lightning_moe.models.saving import save_with_widths
 from lightning_moe.quantization.linears import pack_linear
 from lightning_moe.quantization.nf4 import pack_experts
+from lightning_moe.records.masks import mask_from_hex, mask_to_hex
 from lightning_moe.surgery.cut import cut_layer, to_channel_experts
 
 _VERSION = 1
@@ -52,7 +52,7 @@ class LayerStructure:
         """Plain types; the kept channels are one hexadecimal mask, first channel in the highest bit."""
         content: dict[str, Any] = {"name": self.name, "packed": self.packed, "origin": None}
         if self.origin is not None:
-            kept = np.packbits(self.origin.kept_C.numpy()).tobytes().hex()
+            kept = mask_to_hex(self.origin.kept_C)
             origin = {"widths": list(self.origin.widths), "kept": kept, "refitted": self.origin.refitted}
             content["origin"] = origin
         return content
@@ -71,7 +71,9 @@ class LayerStructure:
             if not isinstance(origin["widths"], list):
                 raise ValueError(f"{values['name']}: `widths` must be a list of counts, got {origin['widths']!r}.")
             widths = tuple(origin["widths"])
-            kept_C = _from_hex(origin["kept"], widths=widths, name=values["name"])
+            num_channels = sum(width for width in widths if isinstance(width, int))
+            what = f"{values['name']}: the mask of the kept channels"
+            kept_C = mask_from_hex(origin["kept"], num_channels=num_channels, what=what)
             values["origin"] = Origin(widths=widths, kept_C=kept_C, refitted=origin["refitted"])
         return cls(**values)
 
@@ -293,18 +295,3 @@ def _checked(content: object, *, keys: set[str], what: str) -> dict[str, Any]:
         came = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"{what} must hold exactly the keys {sorted(keys)}, got {came}.")
     return dict(content)
-
-
-def _from_hex(mask: object, *, widths: tuple[int, ...], name: str) -> Tensor:
-    num_channels = sum(width for width in widths if isinstance(width, int))
-    digits = 2 * -(-num_channels // 8)
-    if not isinstance(mask, str) or len(mask) != digits:
-        came = f"{len(mask)} characters" if isinstance(mask, str) else type(mask).__name__
-        raise ValueError(f"{name}: the mask of {num_channels} channels must have {digits} digits, got {came}.")
-    try:
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(mask), dtype=np.uint8))
-    except ValueError as error:
-        raise ValueError(f"{name}: the mask of the kept channels is not hexadecimal.") from error
-    if bits[num_channels:].any():
-        raise ValueError(f"{name}: the mask has bits beyond its {num_channels} channels.")
-    return torch.from_numpy(bits[:num_channels].astype(bool))
