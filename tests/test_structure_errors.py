@@ -56,7 +56,10 @@ def set_in(*path, to):
         (set_in("layers", 0, "name", to=""), "`name` of a layer must be the full name of its experts"),
         (set_in("layers", 0, "packed", to="no"), "`packed` must be true or false"),
         (set_in("layers", 0, "origin", "widths", to=7), "`widths` must be a list of counts, got 7"),
-        (set_in("layers", 0, "origin", "widths", to=[32] * 7), "mask of the kept channels must have 56 digits, got 64 char"),
+        (
+            set_in("layers", 0, "origin", "widths", to=[32] * 7),
+            "mask of the kept channels must have 56 digits, got 64 char",
+        ),
         (set_in("layers", 0, "origin", "widths", to=["x"]), "mask of the kept channels must have 0 digits"),
         (set_in("layers", 0, "origin", "kept", to=None), "must have 64 digits, got NoneType"),
         (set_in("layers", 0, "origin", "kept", to="zz" * 32), "mask of the kept channels is not hexadecimal"),
