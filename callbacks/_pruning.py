@@ -2,7 +2,6 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -12,18 +11,21 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from callbacks._averaging import check_averaging
+from callbacks._resumed import check_resumed
+from callbacks._statistics import StatisticsUser
 from callbacks._strategy import check_strategy, check_whole, processes, wrap_again
 from callbacks._trainer import (
     callbacks_of,
     find_callback,
+    find_optional,
     is_first_setup,
     language_model,
     resumed_checkpoint,
 )
-from callbacks.calibration import ExpertCalibration, StatisticsUser
+from callbacks.calibration import ExpertCalibration
 from callbacks.exact_resume import resume_exactly
 from lightning_moe.allocation.methods import PruningMethod
-from lightning_moe.records import PrunePlan
+from lightning_moe.records import CalibrationStatistics, PrunePlan
 from lightning_moe.surgery.pruner import ScheduledPruner
 from lightning_moe.surgery.schedule import Schedule, build_schedule
 from lightning_moe.training.checkpoint import restore_cut, write_structure
@@ -31,8 +33,11 @@ from lightning_moe.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 _BEYOND_END = (
-    "The schedule of %s goes from step %d to step %d and training ends at `max_steps: %d`: cuts from there on are not "
-    "made."
+    "The schedule of %s goes from step %d to step %d and training ends at step %d: cuts from there on are not made."
+)
+_WAITS = (
+    "This loop runs on the model without the cut of %s, which `fit` makes: training batches to calibrate on are there "
+    "only. To cut now, give `data.calibration`, a `file` that exists (with `repair: false`) or `ckpt_path`."
 )
 
 
@@ -69,11 +74,14 @@ class Pruning(StatisticsUser):
             return self.prune_ratio
         return self.plans[-1].prune_ratio if self.plans else 0.0
 
+    def needs_text(self, statistics: CalibrationStatistics | None) -> bool:
+        """Whether one-shot has to run text through the model, with these statistics at hand."""
+        return statistics is None
+
     @property
     def state_key(self) -> str:
         """Two of a kind in one trainer keep their states apart."""
-        cuts = None if self.schedule is None else self.schedule.cuts
-        return self._generate_state_key(schedule=cuts, ratio=self.prune_ratio)
+        return self._generate_state_key(**self._told_apart_by())
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,12 +94,15 @@ class Pruning(StatisticsUser):
         if first:
             check_whole(model)
         if checkpoint is not None and not is_sharded(model):
-            self._check_resumed(trainer, checkpoint)
+            check_resumed(self, checkpoint, required=True)
             restore_cut(checkpoint, model=model)  # refuses one from before a cut that this model has behind it
         if not first:
             return
         if self.schedule is not None:
             self._prepare(trainer, model)
+        elif checkpoint is None and waits_for_fit(trainer):
+            log.warning(_WAITS, type(self).__name__)
+            return
         elif checkpoint is None:
             self._keep(self.cut_before_training(trainer, pl_module), trainer=trainer)
         self._model = model
@@ -102,6 +113,16 @@ class Pruning(StatisticsUser):
         is_first_setup(self, model=language_model(pl_module), done=self._model)
         if self._pruner is not None:
             self._pruner.check_optimizers(trainer.optimizers)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says which cuts of a schedule will not be reached."""
+        if self.schedule is not None:
+            # Steps of several optimizers in manual optimization count one by one: their number is not known.
+            end = trainer.estimated_stepping_batches if pl_module.automatic_optimization else trainer.max_steps
+            first, last = self.schedule.cuts[0][0], self.schedule.cuts[-1][0]
+            if 0 <= end <= last:
+                log.warning(_BEYOND_END, type(self).__name__, first, last, end)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -142,36 +163,25 @@ class Pruning(StatisticsUser):
             )
         self.plans = [PrunePlan.from_dict(plan) for plan in state_dict["plans"]]
 
+    def _told_apart_by(self) -> dict[str, Any]:
+        return {"schedule": None if self.schedule is None else self.schedule.cuts, "ratio": self.prune_ratio}
+
+    def _waits(self, trainer: Trainer) -> bool:
+        calibration = None if self._model is not None or self.in_training else find_optional(trainer, ExpertCalibration)
+        return calibration is not None and not calibration.has_text(trainer) and self.needs_text(calibration.statistics)
+
     def _settings(self) -> dict[str, Any]:
         return {"prune_ratio": self.prune_ratio, "method": self.method.name, "method_args": asdict(self.method)}
 
     def _prepare(self, trainer: Trainer, model: PreTrainedModel) -> None:
         assert self.schedule is not None
         calibration = find_callback(trainer, ExpertCalibration, before=self)
-        first, last = self.schedule.cuts[0][0], self.schedule.cuts[-1][0]
-        if first == 0 and calibration.window is not None:
+        if self.schedule.cuts[0][0] == 0 and calibration.window is not None:
             raise ValueError(
                 f"`schedule` cuts at step 0, and `window: {calibration.window}` has seen no batch by then. Begin at "
                 "step 1 or later, or calibrate on `data.calibration`."
             )
         self._pruner = ScheduledPruner(model, schedule=self.schedule, method=self.method, processes=processes(trainer))
-        if 0 <= trainer.max_steps <= last:
-            log.warning(_BEYOND_END, type(self).__name__, first, last, trainer.max_steps)
-
-    def _check_resumed(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-        """Lightning would start a callback afresh whose settings, and so whose key, are others than the checkpoint's.
-
-        Raises:
-            ValueError: with the keys.
-        """
-        states = checkpoint.get("callbacks")
-        if states is not None and self.state_key not in states:
-            kind = type(self).__qualname__
-            there = [key for key in states if key.startswith(f"{kind}{{")]
-            raise ValueError(
-                f"The checkpoint was made with {there or f'no {kind}'}, and this run has {self.state_key}. Resume with "
-                "the callbacks and settings it was trained with."
-            )
 
     def _keep(self, plan: PrunePlan, *, trainer: Trainer) -> None:
         self.plans.append(plan)
@@ -179,20 +189,11 @@ class Pruning(StatisticsUser):
             plan.save(self.save_plan)
 
 
+def waits_for_fit(trainer: Trainer) -> bool:
+    """Whether a one-shot cut, and what comes after it, must wait for the training batches of `fit`."""
+    return resumed_checkpoint(trainer) is None and any(pruning._waits(trainer) for pruning in prunings(trainer))
+
+
 def prunings(trainer: Trainer) -> list[Pruning]:
     """Every pruning callback of the trainer's list."""
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, Pruning)]
-
-
-def one_given(given: Mapping[str, object]) -> None:
-    """Refuses none or several of settings that exclude each other.
-
-    Raises:
-        ValueError: with the names and values.
-    """
-    if sum(value is not None for value in given.values()) != 1:
-        *names, last = (f"`{name}`" for name in given)
-        raise ValueError(
-            f"Give exactly one of {', '.join(names)} and {last}, got {dict(given)}. One that a config file sets is "
-            "taken back by `null`."
-        )

@@ -61,6 +61,11 @@ def check_strategy(trainer: Trainer, *, scheduled: bool) -> None:
     known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
     if not known or isinstance(strategy, SingleDeviceXLAStrategy | XLAStrategy):
         raise ValueError(f"{name} does not work with models that are cut or packed here. {_SUPPORTED}")
+    if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
+        raise ValueError(
+            f"{name} starts its processes by `{strategy._start_method}`, and they cannot hand a cut model back. Use "
+            "`ddp` in a script, torchrun, or one device."
+        )
     if scheduled and isinstance(strategy, ModelParallelStrategy):
         raise ValueError(
             f"{name} shards parameters before training and does not follow a cut in it. Cut once before training "
@@ -92,6 +97,22 @@ def check_gatherable(trainer: Trainer, pl_module: LightningModule) -> None:
             f"ExportPruned cannot put the sharded model of {type(pl_module).__name__} together. Save a checkpoint with "
             "`save_distributed_checkpoint=False` and export from it in one process, or use `ddp`."
         )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        try:
+            inspect.signature(type(pl_module)).bind(**_arguments(pl_module))
+        except TypeError as error:
+            raise ValueError(
+                f"ExportPruned builds the sharded model anew, and {type(pl_module).__name__} cannot be made from its "
+                f"`hparams`: {error}. Call `save_hyperparameters()` in its constructor."
+            ) from error
+
+
+def _arguments(pl_module: LightningModule) -> dict[str, Any]:
+    """What the module was made with, as far as it was saved and its constructor takes it."""
+    parameters = inspect.signature(type(pl_module)).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    saved = {name: value for name, value in pl_module.hparams.items() if name not in ("_instantiator", "_class_path")}
+    return {name: value for name, value in saved.items() if takes_any or name in parameters}
 
 
 def gathered(trainer: Trainer, pl_module: LightningModule) -> tuple[PreTrainedModel | None, PeftModel | None]:
@@ -104,8 +125,7 @@ def gathered(trainer: Trainer, pl_module: LightningModule) -> tuple[PreTrainedMo
     if not trainer.is_global_zero:
         return None, None
     pl_module.on_save_checkpoint(checkpoint)
-    names = inspect.signature(type(pl_module)).parameters
-    whole = type(pl_module)(**{name: value for name, value in pl_module.hparams.items() if name in names})
+    whole = type(pl_module)(**_arguments(pl_module))
     whole.load_language_model()
     peft_model = restore_structure(checkpoint, model=whole.language_model)
     whole.on_load_checkpoint(checkpoint)

@@ -1,8 +1,7 @@
 """Everything the callbacks need of Trainer internals, in one file."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -12,19 +11,13 @@ from fsspec.core import url_to_fs
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import _load as pl_load
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
-from lightning_moe.calibration.processes import OwnShare, is_own_share
 from lightning_moe.models.discovery import find_language_model
-from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.module import LanguageModelModule
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
-Batch = Mapping[str, Tensor]
-Loaders = Mapping[str, Iterable[Batch]]
 
 
 def language_model(pl_module: LightningModule) -> PreTrainedModel:
@@ -90,91 +83,34 @@ def find_optional(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
-def calibration_loaders(trainer: Trainer, *, num_batches: int | None) -> Loaders:
-    """One loader per calibration corpus; the first training batches, as corpus `train`, where there are none.
-
-    Training batches are read here, once: they can be run again, and neither the random numbers nor the reading
-    position of the training itself move. Of several processes each reads the same ones, to be shared out, or the first
-    of its own share where the training loader gives it one already.
-
-    Args:
-        trainer: the running trainer.
-        num_batches: batches of each corpus; all of them if None (required for training batches).
-
-    Raises:
-        ValueError: training batches are to be used and their number is not given, there are none, they can be read
-            only once, or they are not dicts with `input_ids`.
-    """
-    datamodule = text_data(trainer)
-    if datamodule is not None and datamodule.calibration_names:
-        loaders = datamodule.calibration_dataloaders()
-        return {name: _Head(loader, num_batches) for name, loader in loaders.items()}
-    if num_batches is None:
-        raise ValueError(
-            "There are no calibration corpora (`data.calibration`), so the first training batches are used: "
-            "say how many with `ExpertCalibration(num_batches=...)`."
-        )
-    with isolate_rng():
-        return {"train": _first_batches(trainer, num_batches=num_batches)}
-
-
-def _first_batches(trainer: Trainer, *, num_batches: int) -> list[Batch]:
-    """Reads the training loader of `fit`, wherever it comes from."""
-    source = trainer.fit_loop._data_source
-    if source.instance is None or not source.is_defined():
-        raise ValueError(
-            "There are no training batches to calibrate on. Give `data.calibration` corpora, or load statistics from a "
-            "file with `ExpertCalibration(file=...)`."
-        )
-    given: Any = source.dataloader()
-    combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
-    for loader in combined.flattened:
-        if isinstance(loader, Iterator):
-            raise ValueError(
-                f"Calibration would use up the first {num_batches} batches of a {type(loader).__name__}, which can be "
-                "read only once. Give a DataLoader."
-            )
-    shared_out = any(is_own_share(loader) for loader in combined.flattened)
-    num_own = -(-num_batches // trainer.world_size) if shared_out else num_batches
-    batches = [batch for batch, _, _ in islice(combined, num_own)]
-    for batch in batches:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise ValueError(f"Calibration needs batches that are dicts with `input_ids`, got {type(batch).__name__}.")
-    return _OwnBatches(batches) if shared_out else batches
-
-
-def validation_loaders(trainer: Trainer) -> Loaders:
-    """One loader per validation corpus of the text data module.
-
-    Raises:
-        ValueError: the trainer has no TextDataModule, or it has no validation corpora.
-    """
-    datamodule = text_data(trainer)
-    if datamodule is None or not datamodule.validation_names:
-        raise ValueError("CompressionReport evaluates on held-out text: give a TextDataModule with `validation`.")
-    return datamodule.validation_dataloaders()
-
-
-def text_data(trainer: Trainer) -> TextDataModule | None:
-    """The trainer's data module if it is ours."""
-    datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-    return datamodule if isinstance(datamodule, TextDataModule) else None
-
-
 def resumed_checkpoint(trainer: Trainer) -> Mapping[str, Any] | None:
     """The checkpoint that this run goes on from, already in `setup`; tensors are not read, or left out (of folders).
 
     Raises:
-        ValueError: there is no such file, or it cannot be read.
+        ValueError: there is no such file, it cannot be read, or it is no checkpoint that this run can go on from.
     """
     path, weights_only = _resume_arguments(trainer)
     if path is None:
         return None
+    checkpoint = _read_checkpoint(path, weights_only=weights_only)
+    if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
+        raise ValueError(f"'{path}' is no checkpoint: Lightning did not write it. Give one of a ModelCheckpoint.")
+    if trainer.state.fn == TrainerFn.FITTING and "callbacks" not in checkpoint:
+        raise ValueError(
+            "The checkpoint holds weights only, and training cannot go on from it. Resume from one that was saved "
+            "with `save_weights_only=False`, or start a new run from these weights."
+        )
+    return checkpoint
+
+
+def _read_checkpoint(path: str | Path, *, weights_only: bool | None) -> Any:
     file = Path(path) / "meta.pt" if Path(path).is_dir() else path
     try:
         if url_to_fs(str(file))[0].protocol[0] != "file":
             return pl_load(file, map_location="cpu", weights_only=weights_only)
         return torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no checkpoint '{path}': there is no such file.") from error
     except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, ValueError) as error:
         raise ValueError(
             f"The checkpoint '{path}' cannot be read: {error}. Was the run killed while it was written, or copied in "
@@ -190,18 +126,3 @@ def _resume_arguments(trainer: Trainer) -> tuple[Any, bool | None]:
             return frame.f_locals["ckpt_path"], frame.f_locals["weights_only"]
         frame = frame.f_back
     return trainer.ckpt_path, None
-
-
-class _OwnBatches(list[Batch], OwnShare):
-    """Batches of this process alone."""
-
-
-class _Head(Iterable[Batch]):
-    """The first batches of a loader; can be iterated again."""
-
-    def __init__(self, loader: Iterable[Batch], num_batches: int | None) -> None:
-        self.loader = loader
-        self.num_batches = num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return islice(iter(self.loader), self.num_batches)

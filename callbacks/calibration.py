@@ -2,44 +2,28 @@
 
 import logging
 import time
-from abc import abstractmethod
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from callbacks._strategy import processes
-from callbacks._trainer import (
-    Loaders,
-    calibration_loaders,
-    callbacks_of,
-    is_first_setup,
-    language_model,
-    move_to_device,
-    resumed_checkpoint,
-    text_data,
-)
+from callbacks._loaders import Loaders, calibration_loaders, text_data
+from callbacks._resumed import check_resumed
+from callbacks._statistics import StatisticsUser
+from callbacks._strategy import check_strategy, processes
+from callbacks._trainer import callbacks_of, is_first_setup, language_model, move_to_device, resumed_checkpoint
+from callbacks._window import Window, check_rememberable
+from lightning_moe.allocation.budget import check_count
 from lightning_moe.calibration.collector import collect_statistics
-from lightning_moe.calibration.processes import ALONE, OwnShare
+from lightning_moe.calibration.processes import ALONE
 from lightning_moe.models.discovery import model_shape
 from lightning_moe.records import CalibrationStatistics
 
 log = logging.getLogger(__name__)
-
-
-class StatisticsUser(Callback):
-    """A callback that decides on statistics: before training, or at steps of it."""
-
-    @property
-    @abstractmethod
-    def in_training(self) -> bool:
-        """Whether it asks at steps of training, and not before."""
 
 
 class ExpertCalibration(Callback):
@@ -51,7 +35,7 @@ class ExpertCalibration(Callback):
     Args:
         file: Where the statistics are loaded from, or written to if the file does not exist. Null: kept in memory.
         num_batches: Batches of each corpus; null: all of `data.calibration`. Needed when training batches are used
-            because there are no calibration corpora.
+            because there are no calibration corpora; these are read in `fit` only.
         window: For scheduled cuts: calibrate on this many batches that training saw last (of every process), instead
             of `data.calibration` or the first training batches. A checkpoint holds them.
         moments: Also gather the [E, H] and [E, E] sums that some expert criteria want.
@@ -66,8 +50,8 @@ class ExpertCalibration(Callback):
         moments: bool = True,
     ) -> None:
         for name, value in (("num_batches", num_batches), ("window", window)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if value is not None:
+                check_count(value, name=name, lowest=1)
         self.file = file
         self.num_batches = num_batches
         self.window = window
@@ -76,61 +60,69 @@ class ExpertCalibration(Callback):
         self.started = time.perf_counter()
         self._model: PreTrainedModel | None = None
         self._loaders: Loaders | None = None
-        self._seen = _OwnBatches(maxlen=window)
+        self._seen = Window(maxlen=window)
         self._processes = ALONE
+        self._in_training = False
 
     @property
     def state_key(self) -> str:
-        """Two calibrations in one trainer keep their states apart."""
-        return self._generate_state_key(file=self.file, num_batches=self.num_batches)
+        """Two calibrations in one trainer keep their states apart, and one with other settings is another."""
+        return self._generate_state_key(file=self.file, num_batches=self.num_batches, window=self.window)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before anything is wrapped: load or collect, once, where a cut before training needs it."""
         self.started = time.perf_counter()
-        model = language_model(pl_module)
-        if not is_first_setup(self, model=model, done=self._model):
-            return
-        self._model, self._processes = model, processes(trainer)
+        check_strategy(trainer, scheduled=False)
+        model, checkpoint = language_model(pl_module), resumed_checkpoint(trainer)
+        first = is_first_setup(self, model=model, done=self._model)
         asked = [user.in_training for user in callbacks_of(trainer) if isinstance(user, StatisticsUser)]
         if self.window is not None and not any(asked):
             raise ValueError(f"`window: {self.window}` is for scheduled cuts, and no callback here has a `schedule`.")
-        if self.window is None and any(asked):
-            self.loaders(trainer)  # the first training batches, where they are used: read before training reads
+        if stage == "fit" and any(asked):
+            self._prepare(trainer, checkpoint)
+        if not first:
+            return
+        self._processes = processes(trainer)
         self.statistics = self._load(trainer, model)
-        if not (asked and all(asked)) and self.statistics is None and resumed_checkpoint(trainer) is None:
+        needed = not (asked and all(asked)) and self.statistics is None and checkpoint is None
+        if needed and not self.has_text(trainer):
+            return  # `fit` does it
+        self._model = model
+        if needed:
             self.collect(trainer, pl_module)
             self._save(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Refuses what a window cannot remember, before it is trained on."""
+        if self.window is not None:
+            check_rememberable(batch)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remembers the tokens of the batch; on its device, so that nobody waits for a copy."""
+        """Remembers the tokens of the batch."""
         if self.window is not None:
-            self._seen.append(_tokens_of(batch))
+            self._seen.remember(batch)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """The window of every process, int32 on the CPU; all processes ask for it together."""
-        if self.window is None:
-            return {}
-        own = [{name: value.cpu() for name, value in batch.items()} for batch in self._seen]
-        return {"window": self.window, "batches": self._processes.gather(own)}
+        if self.window is not None:
+            return {"batches": self._seen.gather(self._processes)}
+        return {"batches": []} if self._in_training else {}  # some state: its key says how a schedule calibrates
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Each process gets its own window back; with another number of processes the batches are dealt out anew."""
-        if state_dict.get("window") != self.window:
-            raise ValueError(
-                f"The checkpoint was made with `window: {state_dict.get('window')}`, got {self.window}. Resume with "
-                "the settings it was trained with."
-            )
-        windows: list[list[dict[str, Tensor]]] = state_dict.get("batches", [])
-        if len(windows) == self._processes.size:
-            self._seen.extend(windows[self._processes.rank])
-        else:
-            self._seen.extend(self._processes.share([batch for window in windows for batch in window]))
+        self._seen.restore(state_dict["batches"], processes=self._processes)
+
+    def has_text(self, trainer: Trainer) -> bool:
+        """Whether this loop has batches to calibrate on: training batches are there in `fit` alone."""
+        data = text_data(trainer)
+        return trainer.state.fn == "fit" or (data is not None and bool(data.calibration_names))
 
     def loaders(self, trainer: Trainer) -> Loaders:
         """The batches that are calibrated on, by corpus; the same ones each time."""
@@ -154,11 +146,20 @@ class ExpertCalibration(Callback):
             loaders = self.loaders(trainer) if self.window is None else {"train": self._seen}
             return self._run(trainer, pl_module, loaders)
 
+    def _prepare(self, trainer: Trainer, checkpoint: Mapping[str, Any] | None) -> None:
+        """For cuts in training: with the settings of the checkpoint, and text read before training reads."""
+        self._in_training = True
+        if checkpoint is not None:
+            check_resumed(self, checkpoint, required=False)
+        if self.window is None:
+            self.loaders(trainer)
+
     def _run(self, trainer: Trainer, pl_module: LightningModule, loaders: Loaders) -> CalibrationStatistics:
         move_to_device(trainer, pl_module)
-        self.statistics = collect_statistics(
-            language_model(pl_module), loaders=loaders, moments=self.moments, processes=self._processes
-        )
+        with isolate_rng():  # loaders draw numbers, and whether statistics are loaded must not change the run
+            self.statistics = collect_statistics(
+                language_model(pl_module), loaders=loaders, moments=self.moments, processes=self._processes
+            )
         return self.statistics
 
     def _load(self, trainer: Trainer, model: PreTrainedModel) -> CalibrationStatistics | None:
@@ -184,17 +185,3 @@ class ExpertCalibration(Callback):
     def _save(self, trainer: Trainer) -> None:
         if self.file is not None and self.statistics is not None and trainer.is_global_zero:
             self.statistics.save(self.file)
-
-
-class _OwnBatches(deque[dict[str, Tensor]], OwnShare):
-    """Batches that this process trained on: they are its share."""
-
-
-def _tokens_of(batch: Any) -> dict[str, Tensor]:
-    """Ids and mask of a training batch as int32."""
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise ValueError(
-            f"`window` needs training batches that are dicts with `input_ids`, got {type(batch).__name__}. Use "
-            "`data.calibration` or `num_batches`."
-        )
-    return {name: batch[name].to(torch.int32) for name in ("input_ids", "attention_mask") if name in batch}

@@ -1,17 +1,20 @@
 """ChannelPruning: decide and cut, once before training or at configured steps of it."""
 
+from numbers import Real
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from callbacks._pruning import Pruning, one_given, prunings
+from callbacks._pruning import Pruning, prunings
+from callbacks._settings import one_given
 from callbacks._strategy import processes
 from callbacks._trainer import find_callback, language_model
 from callbacks.calibration import ExpertCalibration
 from lightning_moe.allocation import build_method
 from lightning_moe.allocation.budget import resolve_prune_ratio
-from lightning_moe.records import PrunePlan
+from lightning_moe.records import CalibrationStatistics, PrunePlan
 from lightning_moe.surgery.cut import apply_plan
 from lightning_moe.surgery.feasibility import remaining_ratio, unpruned_shape
 from lightning_moe.surgery.repair import plan_repair
@@ -32,7 +35,8 @@ class ChannelPruning(Pruning):
         prune_ratio: Share of routed-expert channels to remove before training, in [0, 1).
         keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
         schedule: `[[step, prune_ratio], ...]`, ascending, or a curve: `{shape: cubic, begin: 100, end: 1000, num_cuts:
-            5, prune_ratio: 0.5}`.
+            5, prune_ratio: 0.5}`. Steps are Lightning's global_step; with several optimizers under manual
+            optimization each optimizer.step() counts.
         plan_file: A saved PrunePlan.
         method: `exact_global` (ours), `paper_a`, `uniform` or `reap`.
         method_args: Settings of the method, for example `{align: 64}`.
@@ -56,6 +60,8 @@ class ChannelPruning(Pruning):
     ) -> None:
         ratios = {"prune_ratio": prune_ratio, "keep_ratio": keep_ratio}
         one_given(ratios | {"schedule": schedule, "plan_file": plan_file})
+        if isinstance(repair_memory_gb, bool) or not isinstance(repair_memory_gb, Real) or not repair_memory_gb > 0:
+            raise ValueError(f"`repair_memory_gb` must be a number of GB above 0, got {repair_memory_gb!r}.")
         one_shot = schedule is None and plan_file is None
         super().__init__(
             prune_ratio=resolve_prune_ratio(**ratios) if one_shot else None,
@@ -67,11 +73,14 @@ class ChannelPruning(Pruning):
         self.repair = repair
         self.repair_memory_gb = repair_memory_gb
 
-    @property
-    def state_key(self) -> str:
-        """Two of a kind in one trainer keep their states apart."""
-        cuts = None if self.schedule is None else self.schedule.cuts
-        return self._generate_state_key(schedule=cuts, plan=self.plan_file, ratio=self.prune_ratio)
+    @override
+    def needs_text(self, statistics: CalibrationStatistics | None) -> bool:
+        """For the repair, and for a plan that is not given."""
+        return self.repair or (self.plan_file is None and statistics is None)
+
+    @override
+    def _told_apart_by(self) -> dict[str, Any]:
+        return super()._told_apart_by() | {"plan": self.plan_file}
 
     @override
     def cut_before_training(self, trainer: Trainer, pl_module: LightningModule) -> PrunePlan:
@@ -81,9 +90,10 @@ class ChannelPruning(Pruning):
         repair = None
         if self.repair and plan.num_kept < plan.shape.num_channels:
             loaders = find_callback(trainer, ExpertCalibration, before=self).loaders(trainer)
-            repair = plan_repair(
-                model, plan=plan, loaders=loaders, memory_gb=self.repair_memory_gb, processes=processes(trainer)
-            )
+            with isolate_rng():
+                repair = plan_repair(
+                    model, plan=plan, loaders=loaders, memory_gb=self.repair_memory_gb, processes=processes(trainer)
+                )
         apply_plan(model, plan=plan, repair=repair)
         return plan
 

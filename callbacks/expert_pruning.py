@@ -1,11 +1,13 @@
 """ExpertPruning: whole experts leave, once before training or at configured steps of it."""
 
+import logging
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from typing_extensions import override
 
-from callbacks._pruning import Pruning, one_given
+from callbacks._pruning import Pruning
+from callbacks._settings import one_given
 from callbacks._trainer import find_callback, language_model
 from callbacks.calibration import ExpertCalibration
 from lightning_moe.allocation import build_method
@@ -16,19 +18,24 @@ from lightning_moe.surgery.cut import apply_plan
 from lightning_moe.surgery.feasibility import remaining_ratio
 from lightning_moe.surgery.schedule import GradualSchedule
 
+log = logging.getLogger(__name__)
+
 
 class ExpertPruning(Pruning):
     """Drops whole experts, the lowest-scored of each layer, with their router rows.
 
     Give exactly one of `prune_ratio` or `keep_ratio` (one cut before training) and `schedule` (cuts at steps of
     training). Needs an `ExpertCalibration` before it in the list; may stand beside `ChannelPruning`, in any order.
-    Ratios are the share of the unpruned model's channels that is gone from then on, whichever callback removed them.
+    Ratios are the share of the unpruned model's channels that is gone from then on, whichever callback removed them,
+    met to the nearest whole expert of each layer.
 
     Args:
-        prune_ratio: Share of routed-expert channels to remove before training, in [0, 1).
+        prune_ratio: Share of routed-expert channels to remove before training, in [0, 1); met to the nearest whole
+            expert of each layer.
         keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
         schedule: `[[step, prune_ratio], ...]`, ascending, or a curve: `{shape: cubic, begin: 100, end: 1000, num_cuts:
-            5, prune_ratio: 0.5}`.
+            5, prune_ratio: 0.5}`. Steps are Lightning's global_step; with several optimizers under manual
+            optimization each optimizer.step() counts.
         method: `reap` (`expert_dropping` is the same): a method that cuts whole experts.
         method_args: Settings of the method, for example `{criterion: ablation}`.
         save_plan: Where the plan is written (of a schedule, the last one).
@@ -63,6 +70,7 @@ class ExpertPruning(Pruning):
         model = language_model(pl_module)
         statistics = find_callback(trainer, ExpertCalibration, before=self).statistics_of(trainer, pl_module)
         ratio = remaining_ratio(model, prune_ratio=self.prune_ratio)
+        log.info("Prune ratio %.4g, met to the nearest whole expert of each layer.", self.prune_ratio)
         plan: PrunePlan = trainer.strategy.broadcast(self.method.plan(statistics, prune_ratio=ratio))
         apply_plan(model, plan=plan)
         return plan

@@ -6,8 +6,9 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from callbacks._loaders import text_data
 from callbacks._strategy import check_gatherable, gathered
-from callbacks._trainer import find_callback, find_optional, language_model, text_data
+from callbacks._trainer import find_callback, find_optional, language_model
 from callbacks.recovery import Recovery
 from lightning_moe.adapters.storage import AdapterDtype
 from lightning_moe.export.deploy import ExportFormat, ExportResult, check_formats, export_model, needs_adapters

@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from callbacks._averaging import check_averaging
+from callbacks._pruning import waits_for_fit
+from callbacks._statistics import StatisticsUser
 from callbacks._strategy import check_strategy, check_whole
 from callbacks._trainer import callbacks_of, is_first_setup, language_model, resumed_checkpoint
-from callbacks.calibration import ExpertCalibration, StatisticsUser
+from callbacks.calibration import ExpertCalibration
 from callbacks.exact_resume import resume_exactly
 from lightning_moe.adapters.groups import describe_trainable, trainable_groups
 from lightning_moe.adapters.inject import AdapterConfig, inject_adapters
@@ -50,7 +52,7 @@ class Recovery(Callback):
         self._check(trainer)
         resume_exactly(trainer)
         model = language_model(pl_module)
-        if not is_first_setup(self, model=model, done=self._model):
+        if not is_first_setup(self, model=model, done=self._model) or waits_for_fit(trainer):
             return
         check_whole(model)
         if adapter_settings(model) is not None:

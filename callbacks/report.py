@@ -7,7 +7,8 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from callbacks._trainer import find_callback, find_optional, validation_loaders
+from callbacks._loaders import validation_loaders
+from callbacks._trainer import find_callback, find_optional
 from callbacks.calibration import ExpertCalibration
 from callbacks.channel_pruning import prunings
 from callbacks.export import ExportPruned

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from callbacks._loaders import Loaders, given_validation_loaders, text_data
 from callbacks._pruning import Pruning
-from callbacks._trainer import Loaders, callbacks_of, is_first_setup, language_model, text_data
+from callbacks._trainer import callbacks_of, is_first_setup, language_model
 from lightning_moe.evaluation.routing import LayerRouting, RoutingMeter, RoutingTable, measure_routing, routing_scalars
 from lightning_moe.files import write_atomically, write_json
 from lightning_moe.reporting.figures import entropy_depth, png_bytes
@@ -163,7 +164,7 @@ def _held_out(trainer: Trainer) -> Loaders:
     Raises:
         ValueError: there are none.
     """
-    data, given = text_data(trainer), trainer.val_dataloaders
+    data, given = text_data(trainer), given_validation_loaders(trainer)
     if data is not None and data.validation_names:
         return data.validation_dataloaders()
     if data is not None or given is None:

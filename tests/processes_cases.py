@@ -9,6 +9,7 @@ from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.calibration.processes import ALONE
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.surgery.repair import plan_repair
+from lightning_moe.training.losses import next_token_loss, weight_among_processes
 
 
 class Stream(IterableDataset):
@@ -79,3 +80,19 @@ def message_of(name, *, processes=ALONE):
     except ValueError as error:
         return str(error)
     raise AssertionError(f"calibration '{name}' was not refused")
+
+
+def mean_loss(labels_BS):
+    """A gradient that a strategy averages: of the mean loss of these rows, weighted among the processes."""
+    weight_CV = torch.ones(3, 6, requires_grad=True)
+    logits_BSV = torch.sin(labels_BS.clamp_min(0).float()).unsqueeze(-1).expand(-1, -1, 3) @ weight_CV
+    logits_BSV = logits_BSV * torch.linspace(0, 1, 6)
+    (weight_among_processes(labels_BS) * next_token_loss(logits_BSV, labels_BS)).backward()
+    return weight_CV.grad
+
+
+def labels_of(rank):
+    """Very unequal numbers of positions with a label; the last of four processes has none."""
+    labels_BS = torch.full((2, 5), -100)
+    labels_BS.view(-1)[1 : 1 + (9, 3, 1, 0)[rank]] = torch.arange((9, 3, 1, 0)[rank]) % 6
+    return labels_BS

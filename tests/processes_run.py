@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from processes_cases import CALIBRATIONS, message_of, repaired, statistics_of  # noqa: E402
+from processes_cases import CALIBRATIONS, labels_of, mean_loss, message_of, repaired, statistics_of  # noqa: E402
 from torch import distributed  # noqa: E402
 
 from lightning_moe.calibration.processes import Processes  # noqa: E402
@@ -21,7 +21,9 @@ def main(folder, rank, size):
     found = {name: statistics_of(name, processes=processes) for name in CALIBRATIONS}
     repair = repaired(processes=processes)
     errors = {name: message_of(name, processes=processes) for name in ("nan", "empty", "padding")}
-    torch.save({"statistics": found, "repair": repair, "errors": errors}, folder / f"rank{rank}.pt")
+    gradient = mean_loss(labels_of(rank))
+    results = {"statistics": found, "repair": repair, "errors": errors, "gradient": gradient}
+    torch.save(results, folder / f"rank{rank}.pt")
     distributed.destroy_process_group()
 
 

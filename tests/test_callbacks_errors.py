@@ -145,9 +145,14 @@ class Validated(ForeignModule):
         raise AssertionError("nothing is validated")
 
 
-def test_no_training_batches_at_all():
+def test_no_training_batches_at_all(tmp_path):
+    """Statistics of the uncut model are there, and the second cut needs those of the model after the first."""
+    file, module = tmp_path / "s.safetensors", Validated()
+    statistics_of(module.lm).save(file)
+    pruning = [ExpertPruning(prune_ratio=0.25), ChannelPruning(prune_ratio=0.5, repair=False)]
+    trainer = quiet_trainer([ExpertCalibration(file=str(file), num_batches=1), *pruning], limit_val_batches=1)
     with pytest.raises(ValueError, match="There are no training batches to calibrate on"):
-        quiet_trainer([calibrate()], limit_val_batches=1).validate(Validated(), dataloaders=loader_of(token_batches()))
+        trainer.validate(module, dataloaders=loader_of(token_batches()))
 
 
 class Rebuilding(LightningModule):
@@ -208,8 +213,15 @@ def test_a_plan_without_repair_needs_no_calibration(tmp_path):
             "one of .'exact_global', 'paper_a'.*got 'nonsense'",
         ),
         (lambda: ChannelPruning(prune_ratio=0.5, method_args={"aling": 8}), r"has the settings .*got \['aling'\]"),
-        (lambda: ExpertCalibration(num_batches=0), "`num_batches` must be at least 1, got 0"),
-        (lambda: ExpertCalibration(window=0), "`window` must be at least 1, got 0"),
+        (lambda: ExpertCalibration(num_batches=0), "`num_batches` must be a whole number >= 1, got 0"),
+        (lambda: ExpertCalibration(num_batches=True), "`num_batches` must be a whole number >= 1, got True"),
+        (lambda: ExpertCalibration(window=0), "`window` must be a whole number >= 1, got 0"),
+        (lambda: ExpertCalibration(window=1.5), r"`window` must be a whole number >= 1, got 1\.5"),
+        (lambda: ChannelPruning(prune_ratio=0.5, repair_memory_gb=-1), "`repair_memory_gb` must be a number .* got -1"),
+        (
+            lambda: ChannelPruning(prune_ratio=0.5, repair_memory_gb="4"),
+            "`repair_memory_gb` must be a number .* got '4'",
+        ),
         (lambda: ExpertPruning(), "exactly one of `prune_ratio`, `keep_ratio` and `schedule`, got"),
         (
             lambda: ExpertPruning(prune_ratio=0.5, method="exact_global"),

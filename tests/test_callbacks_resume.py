@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from lightning import Callback
+from lightning import Callback, Trainer
 from resume_runs import ADAPTER, ALIGN, prepare, recovery, run, whole
-from tiny_runs import quiet_trainer, text_module
+from tiny_runs import ForeignModule, loader_of, quiet_trainer, text_module, token_batches
 
 from callbacks import ChannelPruning, ExpertCalibration, Recovery
 from callbacks._trainer import resumed_checkpoint
@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
 ]
+
+LIGHTNING = {"pytorch-lightning_version": "2.6.6", "callbacks": {}}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_nothing_is_calibrated_again(folder, monkeypatch):
 
 
 def test_a_file_that_is_not_there_is_named_before_anything_is_calibrated(folder):
-    with pytest.raises(ValueError, match=r"The checkpoint '.*gone.ckpt' cannot be read: .*No such file"):
+    with pytest.raises(ValueError, match=r"There is no checkpoint '.*gone.ckpt': there is no such file"):
         go_on(folder, calibrated_cut(), path="gone.ckpt")
 
 
@@ -86,6 +88,27 @@ def test_a_truncated_file_is_named(folder, length):
     (folder / "half.ckpt").write_bytes(whole_file[:length])
     with pytest.raises(ValueError, match=r"half.ckpt' cannot be read: .*Was the run killed while it was written"):
         go_on(folder, calibrated_cut(), path="half.ckpt")
+
+
+def test_a_file_of_something_else_is_named(folder):
+    torch.save({"weights": 1}, folder / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other.ckpt' is no checkpoint: Lightning did not write it"):
+        go_on(folder, calibrated_cut(), path="other.ckpt")
+
+
+@pytest.mark.parametrize("callbacks", [calibrated_cut, lambda: [ExactResume()]])
+def test_training_does_not_go_on_from_weights_alone(folder, callbacks):
+    module = ForeignModule()
+    trainer = quiet_trainer()
+    trainer.fit(module, loader_of(token_batches()))
+    trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="The checkpoint holds weights only, and training cannot go on from it"):
+        quiet_trainer(callbacks()).fit(ForeignModule(), loader_of(token_batches()), ckpt_path=folder / "weights.ckpt")
+
+
+def test_the_path_is_read_from_names_that_lightning_has():
+    """`resumed_checkpoint` looks at the running `Trainer._run`."""
+    assert {"self", "ckpt_path", "weights_only"} <= set(Trainer._run.__code__.co_varnames)
 
 
 class Look(Callback):
@@ -103,28 +126,28 @@ def test_without_a_checkpoint_there_is_none(folder):
 
 
 def test_the_checkpoint_of_a_requeued_job_is_found(tmp_path):
-    torch.save({"step": 7}, tmp_path / "hpc_ckpt_1.ckpt")
+    torch.save(LIGHTNING | {"step": 7}, tmp_path / "hpc_ckpt_1.ckpt")
     look = Look()
     with pytest.raises(KeyError):  # Lightning's own reading of what is no checkpoint
         quiet_trainer([look], default_root_dir=tmp_path).fit(whole(prepare(tmp_path)), ckpt_path="hpc")
-    assert look.seen == {"step": 7}
+    assert look.seen == LIGHTNING | {"step": 7}
 
 
 def test_of_a_folder_the_part_that_is_not_tensors_is_read(folder):
     (folder / "shards").mkdir()
-    torch.save({"step": 8}, folder / "shards" / "meta.pt")
+    torch.save(LIGHTNING | {"step": 8}, folder / "shards" / "meta.pt")
     trainer = quiet_trainer()
     trainer.ckpt_path = folder / "shards"
-    assert resumed_checkpoint(trainer) == {"step": 8}
+    assert resumed_checkpoint(trainer) == LIGHTNING | {"step": 8}
 
 
 def test_a_remote_file_is_read():
     fsspec = pytest.importorskip("fsspec")
     with fsspec.open("memory://there.ckpt", "wb") as file:
-        torch.save({"step": 9}, file)
+        torch.save(LIGHTNING | {"step": 9}, file)
     trainer = quiet_trainer()
     trainer.ckpt_path = "memory://there.ckpt"
-    assert resumed_checkpoint(trainer) == {"step": 9}
+    assert resumed_checkpoint(trainer) == LIGHTNING | {"step": 9}
 
 
 def test_exact_resume_stands_first_and_once(folder):

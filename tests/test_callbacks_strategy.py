@@ -19,15 +19,16 @@ from tiny_runs import ForeignModule, loader_of, quiet_trainer, token_batches
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from callbacks import ExportPruned, Recovery
+from callbacks import ExpertCalibration, ExportPruned, Recovery
+from callbacks._loaders import calibration_loaders
 from callbacks._strategy import check_gatherable, check_strategy, check_whole
-from callbacks._trainer import calibration_loaders
 from lightning_moe.calibration.processes import Processes
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.surgery.cut import convert_experts
 from lightning_moe.training.module import RecoveryModule
 from lightning_moe.training.optim import build_optimizer
 from lightning_moe.training.rank_shard import RankShard
+from lightning_moe.training.router_loss import RouterLogits, load_balancing_loss
 from lightning_moe.training.sharding import decoder_layers, shard_model
 
 pytestmark = pytest.mark.multiprocess
@@ -73,9 +74,9 @@ def test_other_strategies_are_refused_by_name(kind, message):
 
 
 def test_supported_strategies_pass_and_cuts_in_training_need_whole_parameters():
-    for kind in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy):
-        check_strategy(Stub(without_init(kind)), scheduled=False)
-    check_strategy(Stub(without_init(DDPStrategy)), scheduled=True)
+    for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy(), ModelParallelStrategy()):
+        check_strategy(Stub(strategy), scheduled=False)
+    check_strategy(Stub(DDPStrategy()), scheduled=True)
     with pytest.raises(ValueError, match=r"ModelParallelStrategy shards .* does not follow a cut.*`prune_ratio`"):
         check_strategy(Stub(without_init(ModelParallelStrategy)), scheduled=True)
 
@@ -91,7 +92,21 @@ def test_weights_that_accelerate_keeps_elsewhere_are_refused(tmp_path):
         quiet_trainer([Recovery()]).fit(mapped, train_dataloaders=loader_of(token_batches(2)))
     whole = ForeignModule()
     whole.lm.hf_device_map = {"": "cpu"}  # all of it is here
-    check_strategy(Stub(without_init(DDPStrategy), whole), scheduled=False)
+    check_strategy(Stub(DDPStrategy(), whole), scheduled=False)
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork", "forkserver"])
+def test_processes_that_cannot_hand_a_cut_model_back_are_refused(start):
+    with pytest.raises(ValueError, match=rf"DDPStrategy starts its processes by `{start}`.* Use `ddp` in a script"):
+        check_strategy(Stub(DDPStrategy(start_method=start)), scheduled=False)
+
+
+def test_calibration_alone_refuses_what_cannot_be_measured():
+    module = ForeignModule()
+    cpu_offload(module.lm.model.layers[0], execution_device=torch.device("cpu"))
+    trainer = quiet_trainer([ExpertCalibration(num_batches=1)])
+    with pytest.raises(ValueError, match=r"accelerate offloads 'lm"):
+        ExpertCalibration(num_batches=1).setup(Stub(trainer.strategy, module), module, "fit")
 
 
 @pytest.fixture
@@ -118,6 +133,19 @@ def test_every_decoder_layer_is_sharded_once(mesh):
     group = {"name": "model", "params": list(model.parameters())}
     with pytest.raises(ValueError, match=r"`optimizer: adamw8bit` does not know FSDP2's shards. Use `adamw`"):
         build_optimizer([group], name="adamw8bit", weight_decay=0.0, betas=(0.9, 0.999))
+
+
+def test_routers_are_read_while_their_layer_is_whole(mesh):
+    """Ernie's selection bias is a parameter, which is spread over processes outside its layer's forward pass."""
+    model = tiny_model("ernie4_5_moe")
+    ids = token_batches(1)[0]["input_ids"]
+    with RouterLogits(model) as routers:
+        model(input_ids=ids)
+    expected = load_balancing_loss(routers.outputs)
+    shard_model(model, mesh=mesh)
+    with RouterLogits(model) as routers:
+        model(input_ids=ids)
+    assert load_balancing_loss(routers.outputs).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_parameters_of_several_types_are_refused(mesh):

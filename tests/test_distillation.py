@@ -140,6 +140,18 @@ def test_the_packed_teacher_is_the_one_that_teaches(folder):
     assert expected > 1e-4
 
 
+def test_a_teacher_is_given_what_the_student_is_given(folder):
+    module = RecoveryModule(source=str(folder / "model"), teacher=str(folder / "model"))
+    module.configure_model()
+    module.on_fit_start()
+    batch = token_batches(1)[0]
+    del batch["attention_mask"]
+    batch["position_ids"] = torch.arange(100, 100 + batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    student_BSV = module.language_model.eval()(**inputs).logits
+    assert module._teacher.loss(student_BSV, batch).item() == pytest.approx(0.0, abs=1e-6)
+
+
 def test_no_teacher_in_checkpoints_or_among_the_parameters(folder, tmp_path):
     class Look(ModelCheckpoint):
         def on_train_batch_end(self, trainer, pl_module, *arguments):

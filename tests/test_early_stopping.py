@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny_runs import quiet_trainer, save_model, save_text, text_module
 
-from callbacks import Recovery
+from callbacks import ChannelPruning, ExpertCalibration, Recovery
 from lightning_moe.adapters.inject import AdapterConfig
 from lightning_moe.evaluation.perplexity import evaluate_model
 from lightning_moe.evaluation.stages import load_stages
@@ -112,6 +112,31 @@ def test_the_config_stops_and_exports_the_best(tmp_path):
     row = load_stages(job / "fit")["recovered_50_nf4"]
     assert row["steps"] == 3
     assert row["nll"] == pytest.approx(float(kept["best_model_score"]), abs=0.01)
+
+
+class Rising(Callback):
+    """A metric that is lowest at the first validation, before the cut, and highest at the last."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("step", float(trainer.global_step))
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize(("mode", "fits"), [("min", False), ("max", True)])
+def test_weights_from_before_a_cut_do_not_come_back(folder, tmp_path, caplog, mode, fits):
+    cut = ChannelPruning(schedule=[(1, 0.25)], method_args={"align": 8})
+    keep = ModelCheckpoint(dirpath=tmp_path, monitor="step", mode=mode, save_on_train_epoch_end=False)
+    settings = {"limit_val_batches": 1.0, "val_check_interval": 1, "num_sanity_val_steps": 0, "max_steps": 3}
+    trainer = quiet_trainer(
+        [ExpertCalibration(), cut, small_recovery(), Rising(), keep], enable_checkpointing=True, **settings
+    )
+    module = best_module(folder)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, datamodule=text_module(folder))
+    stored = torch.load(keep.best_model_path, weights_only=True)["state_dict"]
+    assert ("was written before the model was cut further" in caplog.text) is not fits
+    mine = module.state_dict()
+    assert all(mine[name].equal(value) for name, value in stored.items()) is fits
 
 
 def best_module(folder):

@@ -1,5 +1,7 @@
 """ExpertPruning: whole experts leave, at once or on a schedule, alone or mixed with channel cuts."""
 
+import logging
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -46,6 +48,15 @@ def test_at_once_it_is_the_plan_of_reap():
     assert pruning.requested_ratio == 0.25
     assert [len(widths) for widths in widths_of(module)] == [6, 6]
     assert {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]} == set(map(id, module.parameters()))
+
+
+@pytest.mark.parametrize("settings", [{"prune_ratio": 0.3}, {"schedule": [(1, 0.3)]}])
+def test_a_ratio_is_met_to_the_nearest_whole_expert(settings, caplog):
+    """0.3 of 8 experts are 2.4: 2 leave each layer."""
+    with caplog.at_level(logging.INFO):
+        module, _ = fit([calibrate(), ExpertPruning(**settings)], max_steps=2)
+    assert [len(widths) for widths in widths_of(module)] == [6, 6]
+    assert "met to the nearest whole expert of each layer" in caplog.text
 
 
 def test_on_a_schedule_routers_and_their_moments_shrink():

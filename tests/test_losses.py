@@ -205,3 +205,18 @@ def test_another_vocabulary_is_refused():
         distillation_loss(torch.zeros(1, 2, 4), torch.zeros(1, 2, 5), torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"Targets \(1, 3, 2\) do not fit the student's logits \(1, 2, 4\)"):
         top_k_distillation_loss(torch.zeros(1, 2, 4), *[torch.zeros(1, 3, 2)] * 2, torch.zeros(1, 2).long())
+
+
+def test_tokens_that_the_teacher_rules_out_count_nothing():
+    student_BSV = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(3))
+    teacher_BSV = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(4))
+    teacher_BSV[..., 2] = -torch.inf
+    labels_BS = torch.zeros(1, 3, dtype=torch.int64)
+    allowed = [0, 1, 3, 4, 5]
+    p_NV = teacher_BSV[0, :2, allowed].double().softmax(-1)
+    q_NV = student_BSV[0, :2].double().log_softmax(-1)[:, allowed]
+    expected = (p_NV * (p_NV.log() - q_NV)).sum(-1).mean()
+    assert distillation_loss(student_BSV, teacher_BSV, labels_BS).item() == pytest.approx(expected.item(), rel=1e-5)
+    tokens_BSk = torch.arange(6).expand(1, 3, 6)
+    stored = top_k_distillation_loss(student_BSV, tokens_BSk, teacher_BSV.log_softmax(-1), labels_BS)
+    assert stored.item() == pytest.approx(expected.item(), rel=1e-5)

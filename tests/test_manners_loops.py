@@ -11,6 +11,7 @@ from manners import IN_TRAINING, NUM_CHANNELS, VARIANTS, Everyone, hooks_in, is_
 from tiny_runs import loader_of, quiet_trainer, save_model, save_text, text_module, token_batches
 
 from callbacks import ChannelPruning, ExpertCalibration, Recovery
+from lightning_moe.models.discovery import model_shape
 from lightning_moe.training.module import LanguageModelModule
 
 HALF = NUM_CHANNELS // 2
@@ -20,22 +21,13 @@ def weights(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def calibrated(pruning):
-    """Calibrates on fixed batches: `validate` alone has no training batches."""
-    calibration = ExpertCalibration(num_batches=1)
-    calibration._loaders = {"text": token_batches(2)}
-    return [calibration, pruning]
-
-
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_loops_before_and_after_fit(name, loop):
     module, callbacks, batches = Everyone(), VARIANTS[name](), loader_of(token_batches(4))
-    callbacks[0]._loaders = {"text": token_batches(1)}
     trainer = quiet_trainer(callbacks, max_steps=3, limit_val_batches=1)
-    # A cut in a loop that makes inference tensors must not make the parameters such.
     getattr(trainer, loop)(module, dataloaders=batches)
-    assert num_channels(module.lm) == (NUM_CHANNELS if name in IN_TRAINING else HALF)
+    assert model_shape(module.lm).num_channels == NUM_CHANNELS  # `fit` cuts: there are training batches
     assert not any(p.is_inference() for p in module.lm.parameters())
     trainer.fit(module, batches)
     is_consistent(module, trainer)
@@ -94,7 +86,6 @@ def test_the_best_checkpoint_may_be_older_than_a_cut(make, tmp_path):
     with pytest.raises(ValueError, match=r"The model has another cut than the checkpoint: .* has lost \d+ channels"):
         trainer.validate(module, dataloaders=batches, ckpt_path="best", verbose=False)
     fresh, callbacks = Scores(), make()
-    callbacks[0]._loaders = {"text": token_batches(1)}
     keeper = ModelCheckpoint(dirpath=tmp_path, save_top_k=2, monitor="score")
     (scores,) = quiet_trainer([*callbacks, keeper], limit_val_batches=1, enable_checkpointing=True).validate(
         fresh, dataloaders=batches, ckpt_path=best.best_model_path, verbose=False

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes_cases import CALIBRATIONS, Stream, message_of, repaired, statistics_of, text
+from processes_cases import CALIBRATIONS, Stream, labels_of, mean_loss, message_of, repaired, statistics_of, text
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -58,9 +58,18 @@ def check_errors(found):
         assert messages[0][name] == message_of(name)
 
 
+def check_mean_loss(found):
+    """What a strategy makes of it, the mean over processes, is the gradient of all rows in one process."""
+    mean_CV = torch.stack([rank["gradient"] for rank in found]).mean(0)
+    alone_CV = mean_loss(torch.cat([labels_of(rank) for rank in range(len(found))]))
+    torch.testing.assert_close(mean_CV, alone_CV, rtol=1e-5, atol=1e-7)
+    assert (mean_CV - found[0]["gradient"]).abs().max() > 1e-2
+
+
 def test_two_processes_give_what_one_gives(tmp_path):
     found = run_together(tmp_path, size=2)
     check_equal_to_one(found)
+    check_mean_loss(found)
     check_errors(found)
 
 
@@ -68,6 +77,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
 def test_four_processes_give_what_one_gives(tmp_path):
     found = run_together(tmp_path, size=4)
     check_equal_to_one(found)
+    check_mean_loss(found)
     check_errors(found)
 
 

@@ -185,3 +185,35 @@ def test_unpruned_runs_load_as_before(folder, tmp_path):
     trainer.fit(module, datamodule=text_module(folder, validation=None))
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     assert_loads(module, tmp_path / "plain.ckpt")
+
+
+@pytest.mark.parametrize("make", [LanguageModelModule, RecoveryModule])
+def test_folders_are_saved_as_absolute_paths(folder, tmp_path, monkeypatch, make):
+    monkeypatch.chdir(folder)
+    teachers = {"teacher": "model"} if make is RecoveryModule else {}
+    hparams = make(source="model", **teachers).hparams
+    monkeypatch.chdir(tmp_path)
+    assert [hparams[name] for name in ("source", *teachers)] == [str(folder / "model")] * (1 + len(teachers))
+    for name in ("asset:small_moe", "owner/name"):
+        assert make(source=name).hparams["source"] == name
+
+
+def test_a_checkpoint_loads_in_another_working_directory(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    module = LanguageModelModule(source="model", schedule="constant_with_warmup")
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, datamodule=text_module(folder, validation=None))
+    trainer.save_checkpoint(tmp_path / "here.ckpt")
+    monkeypatch.chdir(tmp_path)
+    assert_loads(module, tmp_path / "here.ckpt")
+
+
+def test_a_folder_that_was_moved_is_named(folder, tmp_path):
+    _, _, path = trained(folder, "one_shot", max_steps=1)
+    gone = str(tmp_path / "gone")
+    path = changed(path, tmp_path / "x.ckpt", lambda c: c["hyper_parameters"].update(source=gone))
+    with pytest.raises(
+        ValueError, match=r"no model at '.*gone'. If .* moved.*`load_from_checkpoint\(path, source=...\)`"
+    ):
+        RecoveryModule.load_from_checkpoint(path)
+    assert RecoveryModule.load_from_checkpoint(path, source=str(folder / "model")).language_model is not None

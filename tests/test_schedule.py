@@ -58,7 +58,7 @@ def test_order_is_checked(cuts):
         PruneSchedule(cuts=cuts)
 
 
-@pytest.mark.parametrize("cuts", [((-1, 0.25),), ((1, 0.0),), ((1, 1.0),)])
+@pytest.mark.parametrize("cuts", [((-1, 0.25),), ((1, 0.0),), ((1, 1.0),), ((1, float("nan")),), ((1, float("inf")),)])
 def test_range_is_checked(cuts):
     with pytest.raises(ValueError, match=r"steps >= 0 and prune ratios inside \(0, 1\)"):
         PruneSchedule(cuts=cuts)
@@ -80,7 +80,13 @@ def test_a_curve_is_checked(change, match):
         GradualSchedule(**CURVE | change)
 
 
-@pytest.mark.parametrize("given", [[5, 0.5], [[5]], [[1, 0.5, 2]]])
-def test_what_is_no_pair_is_refused(given):
-    with pytest.raises(ValueError, match=r"`schedule` must be \[step, prune_ratio\] pairs, got"):
+NO_CUTS = [[5], [1, 0.5, 2], [1.7, 0.2], [True, 0.2], ["1", 0.2], [1, True], [1, None], [1, "0.2"], "ab", 5]
+
+
+@pytest.mark.parametrize("given", [[5, 0.5], 5, None, "ab", {1: 0.2}, {10: 0.2, 20: 0.4}, *([cut] for cut in NO_CUTS)])
+def test_what_is_no_list_of_cuts_is_refused(given):
+    match = r"`schedule` must be \[step, prune_ratio\] pairs, got .*: a whole number and a number each"
+    with pytest.raises(ValueError, match=match):
         build_schedule(given)
+    with pytest.raises(ValueError, match=match):
+        PruneSchedule(cuts=given)

@@ -70,8 +70,6 @@ def watch_routers(layers: Sequence[MoeLayer], *, see: Callable[[RouterOutput], N
 def _hook(
     layer: MoeLayer, *, see: Callable[[RouterOutput], None]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
-    masked_E = _masked_experts(layer)
-
     def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         logits_TE, _, index_TK = output
         see(
@@ -81,7 +79,7 @@ def _hook(
                 index_TK=index_TK.reshape(-1, index_TK.shape[-1]),
                 score=layer.family.score,
                 with_gradients=torch.is_grad_enabled(),
-                masked_E=masked_E,
+                masked_E=_masked_experts(layer),  # now: under FSDP2 the bias is whole only while its layer runs
             )
         )
 

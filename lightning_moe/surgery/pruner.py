@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_moe.allocation import build_method
-from lightning_moe.allocation.methods import PruningMethod
+from lightning_moe.allocation.methods import ExpertDropping, PruningMethod
 from lightning_moe.calibration.collector import Batch, collect_statistics
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.models.channel_experts import ChannelExperts
@@ -24,6 +24,7 @@ from lightning_moe.surgery.parameters import check_parameters
 from lightning_moe.surgery.schedule import Schedule, build_schedule
 
 log = logging.getLogger(__name__)
+_WHOLE = " (the ratio is met to the nearest whole expert of each layer)"
 
 
 class ScheduledPruner:
@@ -213,13 +214,14 @@ class ScheduledPruner:
         since, started, calibrated, done = times
         evicted = sum(len(plan.evicted(index)) for index in range(len(plan.keep)))
         log.info(
-            "Step %d: %d of %d channels kept (%.1f %%), %d experts evicted; calibration %.2f s, surgery %.2f s: %.1f "
+            "Step %d: %d of %d channels kept (%.1f %%), %d experts evicted%s; calibration %.2f s, surgery %.2f s: %.1f "
             "%% of the %.1f s of training before it.",
             step,
             plan.num_kept,
             self.num_channels,
             100 * plan.num_kept / self.num_channels,
             evicted,
+            _WHOLE if isinstance(self.method, ExpertDropping) else "",
             calibrated - started,
             done - calibrated,
             100 * (done - started) / max(started - since, 1e-9),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from lightning_moe.allocation.budget import check_count
@@ -18,16 +19,17 @@ class PruneSchedule:
         cuts: (optimizer step, share of the *unpruned* model's channels removed from then on), both ascending.
 
     Raises:
-        ValueError: empty, not ascending, or a ratio outside (0, 1).
+        ValueError: not pairs of a whole number and a number, empty, not ascending, or a ratio outside (0, 1).
     """
 
     cuts: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
+        _check_pairs(self.cuts)
         steps, ratios = [step for step, _ in self.cuts], [ratio for _, ratio in self.cuts]
         if not self.cuts or steps != sorted(set(steps)) or ratios != sorted(set(ratios)):
             raise ValueError(f"`schedule` must be [step, prune_ratio] pairs, both strictly ascending, got {self.cuts}.")
-        if steps[0] < 0 or ratios[0] <= 0 or ratios[-1] >= 1:
+        if steps[0] < 0 or not all(0 < ratio < 1 for ratio in ratios):
             raise ValueError(f"`schedule` needs steps >= 0 and prune ratios inside (0, 1), got {self.cuts}.")
 
     @property
@@ -101,6 +103,18 @@ def build_schedule(schedule: Schedule) -> PruneSchedule:
         return schedule
     if isinstance(schedule, GradualSchedule):
         return schedule.to_cuts()
-    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in schedule):
-        raise ValueError(f"`schedule` must be [step, prune_ratio] pairs, got {schedule!r}.")
+    _check_pairs(schedule)
     return PruneSchedule(cuts=tuple((int(step), float(ratio)) for step, ratio in schedule))
+
+
+def _check_pairs(schedule: object) -> None:
+    if not isinstance(schedule, Sequence) or not all(_is_cut(pair) for pair in schedule):
+        raise ValueError(
+            f"`schedule` must be [step, prune_ratio] pairs, got {schedule!r}: a whole number and a number each."
+        )
+
+
+def _is_cut(pair: object) -> bool:
+    if not isinstance(pair, Sequence) or len(pair) != 2 or any(isinstance(value, bool) for value in pair):
+        return False
+    return isinstance(pair[0], Integral) and isinstance(pair[1], Real)

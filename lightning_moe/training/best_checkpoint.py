@@ -8,6 +8,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from lightning_moe.models.discovery import find_language_model
+from lightning_moe.surgery.structure import structure_of
+from lightning_moe.training.checkpoint import noted_structure
+
 log = logging.getLogger(__name__)
 
 
@@ -35,12 +39,21 @@ def check_best(trainer: Trainer) -> None:
 
 
 def restore_best(trainer: Trainer, *, module: LightningModule) -> None:
-    """Loads the weights of the best checkpoint into a module that has its structure; keeps them where there is none."""
+    """Loads the weights of the best checkpoint; the last ones stay where there is none, or the model was cut since."""
     kept = _keeper(trainer)
     if kept is None or not Path(kept.best_model_path).is_file():
         log.warning("No best checkpoint was saved before training ended: the last weights stay.")
         return
     checkpoint = torch.load(kept.best_model_path, map_location="cpu", weights_only=True)
+    noted = noted_structure(checkpoint)
+    if noted is not None and noted.to_dict() != structure_of(find_language_model(module)).to_dict():
+        log.warning(
+            "The best checkpoint '%s', of step %d, was written before the model was cut further, and its weights do "
+            "not fit: the last weights stay. Begin to validate after the last cut to go back to the best after it.",
+            kept.best_model_path,
+            checkpoint["global_step"],
+        )
+        return
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     log.info("Weights of step %d: %s was %.4f.", checkpoint["global_step"], kept.monitor, kept.best_model_score)
 

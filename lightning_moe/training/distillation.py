@@ -12,8 +12,9 @@ from lightning_moe.models.loading import DtypeName, can_stream, load_model
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.surgery.cut import convert_experts
 from lightning_moe.surgery.streaming import quantize_folder
+from lightning_moe.training.batches import TEACHER_IDS, TEACHER_LOGPROBS, model_inputs
 from lightning_moe.training.losses import distillation_loss, top_k_distillation_loss
-from lightning_moe.training.teacher_logits import TEACHER_IDS, TEACHER_LOGPROBS, TeacherLogits
+from lightning_moe.training.teacher_logits import TeacherLogits
 
 TeacherQuantize = Literal["nf4", "none"]
 Batch = Mapping[str, Tensor]
@@ -36,9 +37,7 @@ class ModelTeacher:
     def loss(self, student_BSV: Tensor, batch: Batch) -> Tensor:
         """`KL(teacher || student)` over the whole vocabulary; the teacher runs now."""
         with torch.no_grad():
-            teacher_BSV = self.model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits
+            teacher_BSV = self.model(**model_inputs(batch), use_cache=False).logits
         return distillation_loss(student_BSV, teacher_BSV, batch["labels"])
 
 
@@ -124,10 +123,10 @@ def load_teacher(source: str, *, quantize: TeacherQuantize, dtype: DtypeName = "
 
 def _check_same_model(teacher: PreTrainedModel, *, student: PreTrainedModel, source: str) -> None:
     """The teacher must be the student before it was cut: same family, depth, width and vocabulary."""
-    mine, theirs = (model.config.get_text_config() for model in (student, teacher))
+    mine, theirs = (model.config.get_text_config().to_dict() for model in (student, teacher))
     for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-        if getattr(mine, name) != getattr(theirs, name):
+        if mine[name] != theirs[name]:
             raise ValueError(
-                f"`teacher: {source}` is not the unpruned model of this student: `{name}` is {getattr(theirs, name)} "
-                f"there and {getattr(mine, name)} here. Name the model that was pruned, or leave `teacher` out."
+                f"`teacher: {source}` is not the unpruned model of this student: `{name}` is {theirs[name]} there and "
+                f"{mine[name]} here. Name the model that was pruned, or leave `teacher` out."
             )

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moe.calibration.processes import Processes
+
 CHUNK_NUMBERS = 2**22
 
 # (logits of n positions in fp32 [n, V], where these stand among the B * S positions [n]) -> summed loss
@@ -55,7 +57,9 @@ def distillation_loss(student_BSV: Tensor, teacher_BSV: Tensor, labels_BS: Tenso
 
     def loss_of(student_nV: Tensor, position_n: Tensor) -> Tensor:
         teacher_nV = teacher_PV[position_n].float().log_softmax(-1)
-        return F.kl_div(student_nV.log_softmax(-1), teacher_nV, reduction="sum", log_target=True)
+        probability_nV = teacher_nV.exp()
+        # A token that the teacher rules out (-inf) counts 0, and not 0 times infinity.
+        return (probability_nV * (teacher_nV - student_nV.log_softmax(-1)).masked_fill(probability_nV == 0, 0.0)).sum()
 
     return _mean_over_positions(student_BSV, _next_labels(labels_BS), loss_of=loss_of)
 
@@ -93,13 +97,29 @@ def top_k_distillation_loss(
 def _bucketed_kl(student_nV: Tensor, token_nk: Tensor, target_nk: Tensor) -> Tensor:
     total_n1 = student_nV.logsumexp(-1, keepdim=True)
     p_nk = target_nk.exp()
-    loss = (p_nk * (target_nk - student_nV.gather(-1, token_nk) + total_n1)).sum()
+    difference_nk = target_nk - student_nV.gather(-1, token_nk) + total_n1
+    loss = (p_nk * difference_nk.masked_fill(p_nk == 0, 0.0)).sum()
     if token_nk.shape[-1] == student_nV.shape[-1]:  # nothing is left for the bucket
         return loss
     # From the logits themselves: 1 - sum would lose the digits of a small rest.
     rest_n = student_nV.scatter(-1, token_nk, -torch.inf).logsumexp(-1) - total_n1.squeeze(-1)
     r_n = (1 - p_nk.sum(-1)).clamp_min(0)
     return loss + (torch.xlogy(r_n, r_n) - r_n * rest_n).sum()
+
+
+def weight_among_processes(labels_BS: Tensor) -> Tensor | float:
+    """This process's positions with a label, over the mean of all processes'; 1 where there is one process.
+
+    Distributed strategies average over processes. A mean over positions times this weight becomes there the mean over
+    the positions of all processes, also where prompts and padding leave them unequal numbers. All processes call it.
+    """
+    processes = Processes.of_default_group()
+    if processes.size == 1:
+        return 1.0
+    count = (labels_BS[:, 1:] != -100).sum()
+    total = count.clone()
+    processes.sum_(total)
+    return count * processes.size / total.clamp_min(1)
 
 
 def _next_labels(labels_BS: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,11 +12,13 @@ from typing_extensions import override
 
 from lightning_moe.adapters.groups import trainable_groups
 from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.training.batches import model_inputs
 from lightning_moe.training.best_checkpoint import check_best, restore_best
 from lightning_moe.training.checkpoint import complete_state, keep_learned, restore_structure, write_structure
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.distillation import Teacher, TeacherQuantize, TeacherSettings
-from lightning_moe.training.losses import next_token_loss
+from lightning_moe.training.hyperparameters import check_folder, name_folders
+from lightning_moe.training.losses import next_token_loss, weight_among_processes
 from lightning_moe.training.optim import (
     OptimizerName,
     ScheduleName,
@@ -27,11 +30,8 @@ from lightning_moe.training.optim import (
 from lightning_moe.training.optimizer_names import name_optimizer_states
 from lightning_moe.training.router_loss import RouterLogits, load_balancing_loss
 from lightning_moe.training.sharding import shard_model
-from lightning_moe.training.teacher_logits import TEACHER_IDS, TEACHER_LOGPROBS, TeacherLogits
+from lightning_moe.training.teacher_logits import TeacherLogits
 from lightning_moe.training.validation import ValidatedModule
-
-# Keys of a batch that are targets, not inputs of the model.
-_TARGETS = ("labels", TEACHER_IDS, TEACHER_LOGPROBS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,9 @@ class LanguageModelModule(ValidatedModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        check_folder(source)
         self.save_hyperparameters()
+        name_folders(self, "source")
         self.settings = _Settings(
             source=source,
             from_scratch=from_scratch,
@@ -134,15 +136,19 @@ class LanguageModelModule(ValidatedModule):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The objective of the batch, in nats per token, and the routers' loss where it has a coefficient."""
-        inputs = {name: value for name, value in batch.items() if name not in _TARGETS}
+        """The objective of the batch, in nats per token, and the routers' loss where it has a coefficient.
+
+        Strategies average gradients over processes; the objective is weighted so that this gives the mean over all
+        tokens that count, however they are spread.
+        """
+        inputs, weight = model_inputs(batch), weight_among_processes(batch["labels"])
         if not self.settings.router_loss:
-            return self.objective(self.language_model(**inputs, use_cache=False).logits, batch)
+            return weight * self.objective(self.language_model(**inputs, use_cache=False).logits, batch)
         with RouterLogits(self.language_model) as routers:
             logits_BSV = self.language_model(**inputs, use_cache=False).logits
         balance = load_balancing_loss(routers.outputs, attention_mask=batch.get("attention_mask"))
         self.log("router_loss", balance)
-        return self.objective(logits_BSV, batch) + self.settings.router_loss * balance
+        return weight * self.objective(logits_BSV, batch) + self.settings.router_loss * balance
 
     def objective(self, logits_BSV: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Mean next-token loss."""
@@ -244,6 +250,7 @@ class RecoveryModule(LanguageModelModule):
             gradient_checkpointing=gradient_checkpointing,
         )
         self.save_hyperparameters()
+        name_folders(self, "source", "teacher", "teacher_logits")
         self.strict_loading = False
         self.restore_best = restore_best
         self.teaching = TeacherSettings(
@@ -271,6 +278,12 @@ class RecoveryModule(LanguageModelModule):
         if not groups:
             raise ValueError("Nothing is trainable: put `callbacks.Recovery` into `trainer.callbacks`.")
         return [{"name": name, "params": group, "lr": self.learning_rates[name]} for name, group in groups.items()]
+
+    @override
+    def prepare_data(self) -> None:
+        """First of all: targets on disk that are not there must not cost a calibration."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.teaching.open_logits()
 
     @override
     def setup(self, stage: str) -> None:

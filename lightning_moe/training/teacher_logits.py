@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_moe.files import LazyTensors, digest_of_tensors, open_tensors, read_json
+from lightning_moe.training.batches import TEACHER_IDS, TEACHER_LOGPROBS
 from lightning_moe.training.packing import Rows
 
-TEACHER_IDS, TEACHER_LOGPROBS = "teacher_ids", "teacher_logprobs"
 LogProbDtype = Literal["float16", "float32"]
 
 _LARGEST_INT16 = 2**15

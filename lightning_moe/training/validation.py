@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_moe.evaluation.perplexity import update_perplexity
+from lightning_moe.training.batches import model_inputs
 from lightning_moe.training.data import TextDataModule
 
 
@@ -36,9 +37,7 @@ class ValidatedModule(LightningModule):
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds the batch's next-token probabilities to its corpus's perplexity."""
-        logits = self.language_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+        logits = self.language_model(**model_inputs(batch), use_cache=False).logits
         update_perplexity(cast(Perplexity, self.perplexity[dataloader_idx]), logits, batch["labels"])
 
     @override
