@@ -16,6 +16,15 @@ from lightning_moe.calibration.processes import ALONE, OwnShare, Processes
 pytestmark = pytest.mark.multiprocess
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the children: another number of threads adds fp32 numbers up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run_together(folder, *, size):
     """What each of `size` processes found."""
     script = str(Path(__file__).with_name("processes_run.py"))
