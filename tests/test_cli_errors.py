@@ -7,7 +7,8 @@ import yaml
 from cli_runs import CONFIGS, quickstart, run, save_job
 from tiny_runs import save_model
 
-from lightning_moe import cli, commands
+from lightning_moe import cli
+from lightning_moe.commands import exporting
 from lightning_moe.files import write_json
 
 
@@ -173,7 +174,7 @@ def test_a_report_without_the_unpruned_model_says_what_to_run(folder, capsys, tm
 
 @pytest.mark.parametrize("mistake", ["foreign folder", "tokenizer"])
 def test_an_export_is_refused_before_anything_is_packed(mistake, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(commands, "quantize_folder", None)
+    monkeypatch.setattr(exporting, "quantize_folder", None)
     source = save_model(tmp_path / "model")
     wrong = tmp_path / ("out/nf4/thesis.tex" if mistake == "foreign folder" else "model/tokenizer.json")
     wrong.parent.mkdir(parents=True, exist_ok=True)

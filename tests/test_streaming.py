@@ -15,6 +15,7 @@ from tiny_models import random_tokens, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_moe import commands
+from lightning_moe.commands import _shared, exporting
 from lightning_moe.export.huggingface import save_ragged
 from lightning_moe.export.padded import export_padded
 from lightning_moe.models import loading, streaming
@@ -337,7 +338,8 @@ def test_the_commands_stream_and_write_the_same_files(tmp_path, monkeypatch) -> 
     apply_plan(expected, plan=plan)
     quantize_model(expected)
     save_ragged(expected, tmp_path / "expected")
-    monkeypatch.setattr(commands, "load_model", None)  # would hold the whole model in 16 bit
+    for module in (_shared, exporting):
+        monkeypatch.setattr(module, "load_model", None)  # would hold the whole model in 16 bit
     data: Any = SimpleNamespace(tokenizer=SimpleNamespace(save_pretrained=lambda out: None))
     settings = {"model": source, "plan": str(tmp_path / "plan.json"), "out": str(tmp_path / "cut"), "repair": False}
     commands.prune(data=data, **settings)

@@ -1,97 +1,26 @@
-"""The pruning methods a user chooses from: final objects with plain settings that turn statistics into a plan."""
+"""Methods that decide channel by channel."""
 
 # L layers, C channels of a layer
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Self, final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from lightning_moe.allocation.alignment import Alignment
-from lightning_moe.allocation.budget import check_count, check_prune_ratio, keep_everything, resolve_align
-from lightning_moe.allocation.expert_dropping import drop_experts
+from lightning_moe.allocation.budget import resolve_align
 from lightning_moe.allocation.floors import Floors
 from lightning_moe.allocation.global_ranking import rank_globally
+from lightning_moe.allocation.methods.base import PruningMethod, check_block, check_name
 from lightning_moe.allocation.paper_a import cover_model
 from lightning_moe.allocation.smoothing import check_smoothing, smooth
 from lightning_moe.allocation.super_experts import super_experts
 from lightning_moe.allocation.uniform import uniform_width
 from lightning_moe.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
 from lightning_moe.criteria.perturbation import DEFAULT_ALPHA, first_order_factor
-from lightning_moe.records import CalibrationStatistics, ModelShape, PrunePlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruningMethod(ABC):
-    """Statistics to plan. A method of your own is a frozen dataclass with `name`, plain fields and `keep`.
-
-    Args:
-        align: Kept widths are multiples of this (1 where widths are not touched); None: by the model's widths.
-    """
-
-    align: int | None
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def keep(
-        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
-    ) -> tuple[Tensor, ...]:
-        """Per layer bool [C], true for a channel that stays; `prune_ratio` is above 0."""
-
-    def resolved(self, shape: ModelShape) -> Self:
-        """The same method with the `align` and `min_width` that were left open chosen for this model."""
-        unset = [name for name, value in asdict(self).items() if name in ("align", "min_width") and value is None]
-        return replace(self, **dict.fromkeys(unset, resolve_align(None, shape=shape)))
-
-    def plan(
-        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None = None
-    ) -> PrunePlan:
-        """Decides which channels stay; ratio 0 keeps all of them, whatever the settings.
-
-        Args:
-            statistics: Of the model to prune.
-            prune_ratio: Share of routed-expert channels to remove, in [0, 1); 0 keeps everything.
-            corpora: Names of the corpora that count; all when not given.
-
-        Returns:
-            The plan.
-
-        Raises:
-            ValueError: a ratio out of range, an unknown corpus, or a budget that a layer cannot meet.
-        """
-        check_prune_ratio(prune_ratio)
-        if prune_ratio == 0:
-            keep = keep_everything(statistics.shape)
-        else:
-            keep = self.keep(statistics, prune_ratio=prune_ratio, corpora=corpora)
-        provenance = {
-            "settings": json.dumps(asdict(self.resolved(statistics.shape)), sort_keys=True),
-            "corpora": ", ".join(statistics.corpora if corpora is None else corpora),
-            "statistics": statistics.digest,
-        }
-        return PrunePlan(
-            shape=statistics.shape,
-            method=self.name,
-            prune_ratio=prune_ratio,
-            align=resolve_align(self.align, shape=statistics.shape),
-            keep=keep,
-            provenance=provenance,
-        )
-
-
-def _check_block(value: int | None, *, name: str) -> None:
-    if value is not None:
-        check_count(value, name=name, lowest=1)
-
-
-def _check_name(value: str, *, field: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"`{field}` must be one of {list(known)}, got {value!r}.")
+from lightning_moe.records import CalibrationStatistics
 
 
 @final
@@ -120,8 +49,8 @@ class ExactGlobal(PruningMethod):
     name: ClassVar[str] = "exact_global"
 
     def __post_init__(self) -> None:
-        _check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
-        _check_block(self.align, name="align")
+        check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
+        check_block(self.align, name="align")
         Floors(layer_floor=self.layer_floor, expert_floor=self.expert_floor)
 
     def keep(
@@ -171,12 +100,12 @@ class PaperA(PruningMethod):
     name: ClassVar[str] = "paper_a"
 
     def __post_init__(self) -> None:
-        _check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
-        _check_name(self.expert_weight, field="expert_weight", known=EXPERT_CRITERIA)
+        check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
+        check_name(self.expert_weight, field="expert_weight", known=EXPERT_CRITERIA)
         check_smoothing(self.smoothing)
         first_order_factor(alpha=self.alpha)
-        _check_block(self.align, name="align")
-        _check_block(self.min_width, name="min_width")
+        check_block(self.align, name="align")
+        check_block(self.min_width, name="min_width")
         Floors(layer_floor=self.layer_floor, expert_floor=self.expert_floor)
 
     def keep(
@@ -224,8 +153,8 @@ class UniformWidth(PruningMethod):
     name: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
-        _check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
-        _check_block(self.align, name="align")
+        check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
+        check_block(self.align, name="align")
 
     def keep(
         self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
@@ -234,63 +163,3 @@ class UniformWidth(PruningMethod):
         scores = CHANNEL_CRITERIA[self.criterion](statistics, corpora=corpora)
         align = resolve_align(self.align, shape=statistics.shape)
         return uniform_width(scores, prune_ratio=prune_ratio, align=align)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class ExpertDropping(PruningMethod):
-    """Whole experts go, the same share in every layer.
-
-    Args:
-        criterion: Expert criterion: the lowest scores go first.
-
-    Raises:
-        ValueError: an unknown criterion.
-    """
-
-    criterion: str = "reap"
-    align: int | None = field(default=1, init=False)
-
-    name: ClassVar[str] = "expert_dropping"
-
-    def __post_init__(self) -> None:
-        _check_name(self.criterion, field="criterion", known=EXPERT_CRITERIA)
-
-    def keep(
-        self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
-    ) -> tuple[Tensor, ...]:
-        """See `drop_experts`."""
-        scores = EXPERT_CRITERIA[self.criterion](statistics, corpora=corpora)
-        return drop_experts(scores, prune_ratio=prune_ratio)
-
-
-PRESETS: Mapping[str, type[PruningMethod]] = {
-    "exact_global": ExactGlobal,
-    "paper_a": PaperA,
-    "uniform": UniformWidth,
-    "reap": ExpertDropping,
-    "expert_dropping": ExpertDropping,  # the name that plans of `reap` carry
-}
-
-
-def build_method(method: str | PruningMethod, **settings: Any) -> PruningMethod:
-    """A method from the name of a preset; a method object passes through.
-
-    Args:
-        method: Name or object.
-        **settings: Fields of the preset that differ from their defaults.
-
-    Raises:
-        ValueError: an unknown name or setting, settings beside an object, or something else.
-    """
-    if isinstance(method, PruningMethod) and not settings:
-        return method
-    if not isinstance(method, str) or method not in PRESETS:
-        beside = f" with the settings {sorted(settings)}" if settings else ""
-        raise ValueError(
-            f"`method` must be a PruningMethod without settings or one of {list(PRESETS)}, got {method!r}{beside}."
-        )
-    known = sorted(own.name for own in fields(PRESETS[method]) if own.init)
-    if not set(settings) <= set(known):
-        raise ValueError(f"The method '{method}' has the settings {known}, got {sorted(settings)}.")
-    return PRESETS[method](**settings)
