@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_moe.files import read_tensors, write_tensors
 from lightning_moe.records import STATISTICS, CalibrationStatistics, LayerShape, ModelShape, PrunePlan
+from lightning_moe.records.statistics import WEIGHT_ABS_SUMS, WEIGHT_NORMS
 
 
 def make_shape(
@@ -52,7 +53,7 @@ def make_statistics(
     optional: bool = False,
     seed: int = 0,
 ) -> CalibrationStatistics:
-    """Statistics with every required sum (and the [E, H], [E, E] ones when `optional`), positive and uneven."""
+    """Statistics with every required sum (and those of moments and gradients when `optional`), positive and uneven."""
     shape = make_shape(
         num_layers=num_layers,
         num_experts=num_experts,
@@ -70,9 +71,9 @@ def make_statistics(
         )
         for corpus in corpora
     }
-    names = ("gate_sq_norm", "up_sq_norm", "down_sq_norm")
     weights = tuple(
-        {name: _uneven((layer.num_channels,), generator=generator) for name in names} for layer in shape.layers
+        {name: _uneven((layer.num_channels,), generator=generator) for name in (*WEIGHT_NORMS, *WEIGHT_ABS_SUMS)}
+        for layer in shape.layers
     )
     return CalibrationStatistics(shape=shape, corpora=made, weights=weights)
 
@@ -95,8 +96,11 @@ def shape_of(*widths: Sequence[int], top_k: int = 1, num_groups: int = 1, top_k_
 def hand_statistics(
     shape: ModelShape, *, layers: Sequence[dict[str, Sequence[float]]], num_tokens: int = 10
 ) -> CalibrationStatistics:
-    """Statistics that are 1 everywhere except where `layers` (one mapping per layer) gives numbers."""
-    norms = ("gate_sq_norm", "up_sq_norm", "down_sq_norm")
+    """Statistics that are 1 everywhere except where `layers` (one mapping per layer) gives numbers.
+
+    Optional ones are there where `layers` gives them; sums of absolute weights are.
+    """
+    norms = (*WEIGHT_NORMS, *WEIGHT_ABS_SUMS)
     made, weights = [], []
     for layer, given in zip(shape.layers, layers, strict=True):
         sizes = {

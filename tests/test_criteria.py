@@ -26,8 +26,22 @@ def test_names_of_the_contract():
         "channel_saliency",
         "weight_norm",
         "camera",
+        "wanda",
+        "snip",
+        "taylor",
     }
-    assert set(EXPERT_CRITERIA) == {"attribution", "ablation", "reap", "frequency"}
+    assert set(EXPERT_CRITERIA) == {
+        "attribution",
+        "ablation",
+        "reap",
+        "frequency",
+        "router_weight",
+        "router_probability",
+        "man",
+        "msan",
+        "mone",
+        "aimer",
+    }
 
 
 def test_channel_ablation_by_hand():
@@ -123,12 +137,12 @@ def test_alpha_scales_attribution():
 @pytest.mark.parametrize("criterion", EVERY_CRITERION, ids=EVERY_NAME)
 def test_unknown_corpus_is_refused(criterion):
     with pytest.raises(ValueError, match=r"`corpora` must name some of \['text'\].* got \['code'\]"):
-        criterion(make_statistics(), corpora=["code"])
+        criterion(make_statistics(optional=True), corpora=["code"])
 
 
 @pytest.mark.parametrize(("name", "criterion"), zip(EVERY_NAME, EVERY_CRITERION, strict=True), ids=EVERY_NAME)
 def test_score_carries_its_name_and_shape(name, criterion):
-    statistics = make_statistics(num_layers=3, num_experts=4, width=(5, 0, 7, 2))
+    statistics = make_statistics(num_layers=3, num_experts=4, width=(5, 0, 7, 2), optional=True)
     scores = criterion(statistics)
     assert scores.criterion == name
     assert scores.shape == statistics.shape
@@ -139,7 +153,7 @@ def test_score_carries_its_name_and_shape(name, criterion):
 @pytest.mark.parametrize("criterion", EVERY_CRITERION, ids=EVERY_NAME)
 def test_corpora_weigh_by_their_tokens(criterion):
     # One corpus twice under two names gives the order of the corpus alone: sums double, means and maxima stay.
-    statistics = make_statistics()
+    statistics = make_statistics(optional=True)
     twice = replace(statistics, corpora={"a": statistics.corpora["text"], "b": statistics.corpora["text"]})
     alone, both = criterion(statistics).scores[0], criterion(twice).scores[0]
     assert torch.equal(criterion(twice, corpora=["a"]).scores[0], alone)
@@ -149,7 +163,7 @@ def test_corpora_weigh_by_their_tokens(criterion):
 
 @pytest.mark.parametrize("criterion", EVERY_CRITERION, ids=EVERY_NAME)
 def test_permuted_experts_give_permuted_scores(criterion):
-    statistics = make_statistics(num_layers=1, num_experts=4, width=3)
+    statistics = make_statistics(num_layers=1, num_experts=4, width=3, optional=True)
     order_E = torch.tensor([2, 0, 3, 1])
     order_C = (order_E[:, None] * 3 + torch.arange(3)).flatten()
     orders = {4: order_E, 12: order_C}

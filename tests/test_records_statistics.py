@@ -12,6 +12,7 @@ from lightning_moe.records import (
     STATISTICS,
     CalibrationStatistics,
 )
+from lightning_moe.records.statistics import WEIGHT_NORMS
 
 
 def changed(statistics, *, name, value, corpus="text", layer=0):
@@ -70,6 +71,28 @@ def test_merge_refuses_another_model():
         make_statistics().merge(make_statistics(num_experts=4))
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts: gate_sq_norm differs"):
         make_statistics(seed=1).merge(make_statistics(seed=2))
+
+
+def test_merging_with_a_file_of_an_older_version_keeps_what_both_have():
+    new = make_statistics(seed=1)
+    old = replace(
+        make_statistics(seed=2), weights=tuple({name: layer[name] for name in WEIGHT_NORMS} for layer in new.weights)
+    )
+    assert set(new.merge(old).weights[0]) == set(WEIGHT_NORMS)
+    assert new.merge(old).digest == old.merge(new).digest
+
+
+def test_with_sums_adds_optional_statistics_to_every_corpus():
+    plain, full = make_statistics(corpora=("a", "b")), make_statistics(corpora=("a", "b"), optional=True)
+    sums = {
+        corpus: tuple({name: layer[name] for name in ("loss_snip", "loss_taylor")} for layer in layers)
+        for corpus, layers in full.corpora.items()
+    }
+    joined = plain.with_sums(sums)
+    assert torch.equal(joined.corpora["b"][1]["loss_snip"], full.corpora["b"][1]["loss_snip"])
+    assert torch.equal(joined.corpora["b"][1]["count"], plain.corpora["b"][1]["count"])
+    with pytest.raises(ValueError, match=r"numbers of layers {'a': 2, 'b': 2}, got {'a': 1}. Take the same text"):
+        plain.with_sums({"a": sums["a"][:1]})
 
 
 def test_statistics_survive_the_disk(tmp_path):
@@ -188,6 +211,9 @@ def test_incomplete_records_are_refused():
         replace(statistics, weights=statistics.weights[:1])
     with pytest.raises(ValueError, match=r"`weights` must hold .*, got \['gate_sq_norm'\]"):
         replace(statistics, weights=({"gate_sq_norm": statistics.weights[0]["gate_sq_norm"]},) * 2)
+    without_one = tuple({k: v for k, v in layer.items() if k != "up_abs_sum"} for layer in statistics.weights)
+    with pytest.raises(ValueError, match=r"`weights` must hold .* and, all or none, \['gate_abs_sum', 'up_abs_sum', "):
+        replace(statistics, weights=without_one)
     broken = {name: value * float("inf") for name, value in statistics.weights[0].items()}
     with pytest.raises(ValueError, match="experts: weight norm gate_sq_norm holds NaN or infinity"):
         replace(statistics, weights=(broken, statistics.weights[1]))

@@ -5,7 +5,6 @@ expert, H hidden, B bins of the router entropy.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -25,7 +24,7 @@ from lightning_moe.calibration.routed import (
 )
 from lightning_moe.models.discovery import expert_widths
 from lightning_moe.models.products import product
-from lightning_moe.records.statistics import NUM_ENTROPY_BINS
+from lightning_moe.records.statistics import NUM_ENTROPY_BINS, WEIGHT_ABS_SUMS, WEIGHT_NORMS
 
 _COUNTED, _PADDING, _NUM_CLASSES = 0, 1, 2
 # Rows of the channel sums: first the three that are one product of weights and h^2.
@@ -39,7 +38,7 @@ _CHANNEL_NAMES = (
     "up_sq",
 )
 _SALIENCY, _MAX, _GATE, _UP = 3, 4, 5, 6
-# Terms of a float32 sum of squares that keep its error below 1e-7.
+# Terms of a float32 sum of nonnegative numbers that keep its error below 1e-7.
 _SHORT_SUM = 256
 _MOMENT_NAMES = ("output_sum", "output_sq", "input_sq")
 _PAIR_NAMES = ("count", "gate_weight", "norm", "sq_norm", "weighted_norm", "ablation")
@@ -239,17 +238,20 @@ def router_sums(logits_TE: Tensor, *, score: Literal["softmax", "sigmoid"]) -> d
 
 
 def weight_norms(experts: nn.Module) -> dict[str, Tensor]:
-    """Squared L2 norms of each channel's gate row, up row and down column: float64 `[C]` on the CPU."""
+    """Squared L2 norm and sum of absolute weights of each channel's gate row, up row and down column.
+
+    Float64 `[C]` on the CPU.
+    """
     dtype = sum_dtype(next(experts.parameters()).dtype)
-    norms: Sequence[list[Tensor]] = ([], [], [])
+    norms: dict[str, list[Tensor]] = {name: [] for name in (*WEIGHT_NORMS, *WEIGHT_ABS_SUMS)}
     for expert in range(len(expert_widths(experts))):
-        for values, matrix_nH in zip(norms, effective_matrices(experts, expert, dtype=dtype), strict=True):
-            values.append(_row_sq_sums(matrix_nH.detach()))
-    names = ("gate_sq_norm", "up_sq_norm", "down_sq_norm")
-    return {name: torch.cat(values).cpu() for name, values in zip(names, norms, strict=True)}
+        matrices = effective_matrices(experts, expert, dtype=dtype)
+        for square_name, abs_name, matrix_nH in zip(WEIGHT_NORMS, WEIGHT_ABS_SUMS, matrices, strict=True):
+            norms[square_name].append(_row_sums(matrix_nH.detach().square()))
+            norms[abs_name].append(_row_sums(matrix_nH.detach().abs()))
+    return {name: torch.cat(values).cpu() for name, values in norms.items()}
 
 
-def _row_sq_sums(matrix_nH: Tensor) -> Tensor:
-    """Float64 `[n]`; at most `_SHORT_SUM` terms at a time in the matrix's own type (error 5e-8), seven times faster."""
-    parts = matrix_nH.square().split(_SHORT_SUM, dim=1)
-    return torch.stack([part_nh.sum(1) for part_nh in parts]).sum(0, dtype=torch.float64)
+def _row_sums(value_nH: Tensor) -> Tensor:
+    """Float64 `[n]`; at most `_SHORT_SUM` terms at a time in the values' own type (error 5e-8), seven times faster."""
+    return torch.stack([part_nh.sum(1) for part_nh in value_nH.split(_SHORT_SUM, dim=1)]).sum(0, dtype=torch.float64)

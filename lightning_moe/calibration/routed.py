@@ -148,7 +148,8 @@ def expert_passes(
         input_SH = hidden_TH.index_select(0, token_S)
         gate_Sn, up_Sn = product(input_SH, gate_nH.T), product(input_SH, up_nH.T)
         hidden_Sn = act_fn(gate_Sn) * up_Sn
-        output_SH = product(hidden_Sn, down_nH)
+        output_SH = _constant(experts, expert, num_pairs=len(hidden_Sn))
+        output_SH = product(hidden_Sn, down_nH) if output_SH is None else output_SH.to(hidden_Sn.dtype)
         routed_TH.index_add_(0, token_S, output_SH * pairs.gate_S[rows].unsqueeze(1))
         num = counted.stop - counted.start
         if num:
@@ -161,3 +162,11 @@ def expert_passes(
                 hidden_Sn=hidden_Sn[:num],
                 output_SH=output_SH[:num],
             )
+
+
+def _constant(experts: nn.Module, expert: int, *, num_pairs: int) -> Tensor | None:
+    """The output of a novice, `[S, H]`; None for every other expert."""
+    base = without_adapter(experts)
+    if not isinstance(base, ChannelExperts) or base.novices is None or expert not in base.novice_experts:
+        return None
+    return base.novices[base.novice_experts.index(expert)].detach().expand(num_pairs, -1)

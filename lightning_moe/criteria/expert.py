@@ -1,36 +1,15 @@
-"""Scores of whole experts.
+"""Scores of whole experts by what they do to the layer's output and by what the router gives them.
 
 Every criterion works on the plain sums over the tokens of the chosen corpora: a corpus weighs as much as it has tokens.
 """
 
 # E experts
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from lightning_moe.criteria.perturbation import DEFAULT_ALPHA, first_order_factor
+from lightning_moe.criteria.scoring import score_experts
 from lightning_moe.records import CalibrationStatistics, ExpertScores
-
-
-class ExpertCriterion(Protocol):
-    """What `EXPERT_CRITERIA` holds."""
-
-    def __call__(self, statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ExpertScores:
-        """One score per expert from the sums over `corpora` (all when not given)."""
-        ...
-
-
-def _score(
-    statistics: CalibrationStatistics,
-    *,
-    criterion: str,
-    corpora: Sequence[str] | None,
-    formula: Callable[[Mapping[str, Tensor]], Tensor],
-) -> ExpertScores:
-    scores = tuple(formula(sums) for sums in statistics.total(corpora))
-    return ExpertScores(shape=statistics.shape, criterion=criterion, scores=scores)
 
 
 def attribution(
@@ -38,18 +17,19 @@ def attribution(
 ) -> ExpertScores:
     """Paper A's phi: `max(0, 2 alpha (1 - alpha) * sum g <R, z> q)`, clamped after summing over all tokens.
 
-    Closed form of its gradient (method, 1). Unit: relative squared error of the layer's output, first order, summed
-    over tokens. The published code leaves negative values in, which turns the channel order of such an expert around.
+    Closed form of its gradient (method, 1; arXiv 2606.18304). Unit: relative squared error of the layer's output,
+    first order, summed over tokens. The published code leaves negative values in, which turns the channel order of
+    such an expert around.
 
     Raises:
         ValueError: an unknown corpus, or `alpha` outside (0, 1).
     """
     factor = first_order_factor(alpha=alpha)
-    return _score(
+    return score_experts(
         statistics,
         criterion="attribution",
         corpora=corpora,
-        formula=lambda sums: (factor * sums["attribution"]).clamp(min=0.0),
+        formula=lambda sums, _: (factor * sums["attribution"]).clamp(min=0.0),
     )
 
 
@@ -61,38 +41,51 @@ def ablation(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None
     Raises:
         ValueError: an unknown corpus.
     """
-    return _score(statistics, criterion="ablation", corpora=corpora, formula=lambda sums: sums["ablation"])
-
-
-def reap(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ExpertScores:
-    """REAP's saliency: mean of `g ||z||` over the tokens routed to the expert, 0 for an expert that saw none.
-
-    Source: REAP (router-weighted expert activation pruning). Unit: norm of the hidden state.
-
-    Raises:
-        ValueError: an unknown corpus.
-    """
-    return _score(
-        statistics,
-        criterion="reap",
-        corpora=corpora,
-        # Counts are whole numbers, so the clamp only touches 0, where the sum is 0 too.
-        formula=lambda sums: sums["weighted_norm"] / sums["count"].clamp(min=1.0) * (sums["count"] > 0),
-    )
+    return score_experts(statistics, criterion="ablation", corpora=corpora, formula=lambda sums, _: sums["ablation"])
 
 
 def frequency(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ExpertScores:
-    """How many tokens were routed to the expert. Unit: tokens.
+    """How many tokens were routed to the expert (usage, as in arXiv 2310.01334). Unit: tokens.
 
     Raises:
         ValueError: an unknown corpus.
     """
-    return _score(statistics, criterion="frequency", corpora=corpora, formula=lambda sums: sums["count"])
+    return score_experts(statistics, criterion="frequency", corpora=corpora, formula=lambda sums, _: sums["count"])
 
 
-EXPERT_CRITERIA: Mapping[str, ExpertCriterion] = {
-    "attribution": attribution,
-    "ablation": ablation,
-    "reap": reap,
-    "frequency": frequency,
-}
+def router_weight(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ExpertScores:
+    """Mean gate weight over **all** tokens, 0 where the expert was not chosen: `sum g / tokens`.
+
+    Source: the "routing score" baseline of MoNE (arXiv 2507.00390); what the public code of He et al. (arXiv
+    2406.02500) takes for DeepSeek. Frequency and strength of the gate in one number: the mean over routed tokens only
+    would be another criterion. Deviation: `g` is the weight that the model multiplies with, after its own
+    normalisation and scaling. Unit: gate weight per token.
+
+    Raises:
+        ValueError: an unknown corpus.
+    """
+    return score_experts(
+        statistics,
+        criterion="router_weight",
+        corpora=corpora,
+        formula=lambda sums, _: sums["gate_weight"] / sums["num_tokens"],
+    )
+
+
+def router_probability(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = None) -> ExpertScores:
+    """Mean of the router's full probability over all tokens, chosen or not: `sum p / tokens`.
+
+    Source: expert drop of He et al. (arXiv 2406.02500), as its public code does it for Mixtral. Deviations: the mean
+    is over tokens (there: sums per sequence, the same order); a sigmoid router's scores are divided by their sum over
+    the experts, so that they are a distribution; a correction bias that only chooses is left out. Unit: probability,
+    a layer's scores sum to 1.
+
+    Raises:
+        ValueError: an unknown corpus.
+    """
+    return score_experts(
+        statistics,
+        criterion="router_probability",
+        corpora=corpora,
+        formula=lambda sums, _: sums["router_probability"] / sums["num_tokens"],
+    )

@@ -32,7 +32,7 @@ class LayerShape:
 
     Args:
         name: Full module name of the experts module, for example `model.layers.0.mlp.experts`.
-        widths: Intermediate channels of each expert, in router order; 0 for an expert that is masked in a cut model.
+        widths: Intermediate channels of each expert, in router order; 0 for a masked expert or a novice of a cut model.
         top_k: Experts that the router chooses for a token.
         num_groups: Groups of neighbouring experts that the router chooses first (1 = ungrouped).
         top_k_groups: Groups that are chosen for a token.

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +19,11 @@ Layers = tuple[Mapping[str, Tensor], ...]
 
 NUM_ENTROPY_BINS = 32
 WEIGHT_NORMS = ("gate_sq_norm", "up_sq_norm", "down_sq_norm")
+# Sums of absolute weights: calibration always takes them, older files do without.
+WEIGHT_ABS_SUMS = ("gate_abs_sum", "up_abs_sum", "down_abs_sum")
 _KIND = "calibration statistics"
 _VERSION = 1
-# Squared norms of the same weights differ between machines in the last bits of a float64 sum, never by more than this.
+# Norms of the same weights differ between machines in the last bits of a float64 sum, never by more than this.
 _SAME_WEIGHTS = 1e-6
 
 
@@ -64,6 +66,8 @@ STATISTICS: Mapping[str, Statistic] = {
     "output_sq": Statistic(dims="EH", optional=True),
     "input_sq": Statistic(dims="EH", optional=True),
     "output_gram": Statistic(dims="EE", signed=True, optional=True),
+    "loss_snip": Statistic(dims="C", signed=True, optional=True),
+    "loss_taylor": Statistic(dims="C", optional=True),
 }
 REQUIRED = frozenset(name for name, statistic in STATISTICS.items() if not statistic.optional)
 
@@ -95,7 +99,8 @@ class CalibrationStatistics:
         shape: The model that was calibrated.
         corpora: Corpus name -> one mapping per layer -> statistic name -> float64 tensor (names: `STATISTICS`).
         weights: Per layer `gate_sq_norm`, `up_sq_norm`, `down_sq_norm`: squared L2 norms of each channel's row of
-            W_gate, row of W_up and column of W_down, float64 [C].
+            W_gate, row of W_up and column of W_down, float64 [C]; and, all or none, `gate_abs_sum`, `up_abs_sum`,
+            `down_abs_sum`: sums of absolute weights of the same.
 
     Raises:
         ValueError: a statistic is missing, unknown, misshapen, NaN, infinite or negative, a corpus has no token, or a
@@ -121,8 +126,11 @@ class CalibrationStatistics:
         if len(self.weights) != len(self.shape.layers):
             raise ValueError(f"`weights` must have {len(self.shape.layers)} layers, got {len(self.weights)}.")
         for layer, norms in zip(self.shape.layers, self.weights, strict=True):
-            if set(norms) != set(WEIGHT_NORMS):
-                raise ValueError(f"{layer.name}: `weights` must hold {list(WEIGHT_NORMS)}, got {sorted(norms)}.")
+            if set(norms) not in ({*WEIGHT_NORMS}, {*WEIGHT_NORMS, *WEIGHT_ABS_SUMS}):
+                raise ValueError(
+                    f"{layer.name}: `weights` must hold {list(WEIGHT_NORMS)} and, all or none, "
+                    f"{list(WEIGHT_ABS_SUMS)}, got {sorted(norms)}."
+                )
             for name, value in norms.items():
                 check_numbers(value, size=(layer.num_channels,), signed=False, what=f"{layer.name}: weight norm {name}")
 
@@ -167,13 +175,35 @@ class CalibrationStatistics:
         if self.shape != other.shape:
             raise ValueError("Statistics of models of different shape cannot be merged. Calibrate the same model.")
         for layer, mine, theirs in zip(self.shape.layers, self.weights, other.weights, strict=True):
-            for name in WEIGHT_NORMS:
+            for name in (name for name in mine if name in theirs):
                 if not torch.allclose(mine[name], theirs[name], rtol=_SAME_WEIGHTS, atol=0.0):
                     raise ValueError(f"{layer.name}: {name} differs, so the weights do. Calibrate the same model.")
         names = dict.fromkeys([*self.corpora, *other.corpora])
         parts = {name: [own.corpora[name] for own in (self, other) if name in own.corpora] for name in names}
         corpora = {name: tuple(dict(layer) for layer in add_layers(part)) for name, part in parts.items()}
-        return CalibrationStatistics(shape=self.shape, corpora=corpora, weights=self.weights)
+        weights = min(self.weights, other.weights, key=lambda layers: len(layers[0]))
+        return CalibrationStatistics(shape=self.shape, corpora=corpora, weights=weights)
+
+    def with_sums(self, sums: Mapping[str, Layers]) -> "CalibrationStatistics":
+        """These statistics with further optional ones, those of gradients for instance.
+
+        Args:
+            sums: every corpus -> one mapping per layer -> statistic name -> float64 tensor.
+
+        Raises:
+            ValueError: not the same corpora or layers, or what the constructor refuses.
+        """
+        sizes = {corpus: len(layers) for corpus, layers in sums.items()}
+        wanted = dict.fromkeys(self.corpora, len(self.shape.layers))
+        if sizes != wanted:
+            raise ValueError(
+                f"`sums` must be of the corpora and numbers of layers {wanted}, got {sizes}. Take the same text."
+            )
+        corpora = {
+            corpus: tuple(dict(own) | dict(more) for own, more in zip(layers, sums[corpus], strict=True))
+            for corpus, layers in self.corpora.items()
+        }
+        return replace(self, corpora=corpora)
 
     @property
     def _tensors(self) -> LazyTensors:
