@@ -2,12 +2,34 @@
 
 from lightning_moe.allocation.methods import (
     PRESETS,
+    ChannelCoverage,
+    ChannelRanking,
     ExactGlobal,
     ExpertDropping,
+    ExpertMethod,
+    ExpertSparsity,
     PaperA,
+    Preset,
     PruningMethod,
+    RandomExperts,
+    TBCoverage,
     UniformWidth,
     build_method,
 )
 
-__all__ = ["PRESETS", "ExactGlobal", "ExpertDropping", "PaperA", "PruningMethod", "UniformWidth", "build_method"]
+__all__ = [
+    "PRESETS",
+    "ChannelCoverage",
+    "ChannelRanking",
+    "ExactGlobal",
+    "ExpertDropping",
+    "ExpertMethod",
+    "ExpertSparsity",
+    "PaperA",
+    "Preset",
+    "PruningMethod",
+    "RandomExperts",
+    "TBCoverage",
+    "UniformWidth",
+    "build_method",
+]

@@ -4,7 +4,7 @@
 # N channels of the widest expert, M blocks of the widest expert
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from lightning_moe.allocation.floors import Floors
 from lightning_moe.allocation.ranking import as_rectangle, keep_top_channels, order_by
 from lightning_moe.allocation.reachability import reserve_experts
 from lightning_moe.records import ChannelScores, LayerShape, ModelShape
+
+# In place of a cost of zero: a score over it is finite for every score below 1e+8 and above all others.
+_FREE = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +43,12 @@ def layer_blocks(score_C: Tensor, *, widths: Sequence[int], align: int) -> Layer
 
 
 def rank_globally(
-    scores: ChannelScores, *, prune_ratio: float, align: int = 16, floors: Floors | None = None
+    scores: ChannelScores,
+    *,
+    prune_ratio: float,
+    align: int = 16,
+    floors: Floors | None = None,
+    costs: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Keeps the best blocks of the model: exactly `floor(round((1 - prune_ratio) * num_channels) / align)` of them.
 
@@ -52,6 +60,8 @@ def rank_globally(
         prune_ratio: Share of channels to remove, in [0, 1); 0 keeps everything.
         align: Channels of a block.
         floors: What layers and experts keep at least; a protected expert keeps one block.
+        costs: Per layer, what a channel of each expert costs [E] (`usage_costs`): blocks are ranked by score over
+            cost. Without them every channel costs the same. How many stay is decided by `prune_ratio` either way.
 
     Returns:
         Per layer bool [C], true for a channel that stays.
@@ -65,6 +75,8 @@ def rank_globally(
     num_blocks = block_budget(scores.shape, prune_ratio=prune_ratio, align=align)
     layers = list(zip(scores.shape.layers, scores.scores, strict=True))
     blocks = [layer_blocks(score_C, widths=layer.widths, align=align) for layer, score_C in layers]
+    if costs is not None:
+        blocks = [_per_cost(own, cost_E=cost_E) for own, cost_E in zip(blocks, costs, strict=True)]
     reserved = _reserve_all(scores.shape, blocks=blocks, floors=floors or Floors(), align=align)
     _check_reserved(scores.shape, reserved=reserved, num_blocks=num_blocks, align=align)
     kept = [
@@ -77,6 +89,12 @@ def rank_globally(
         keep_top_channels(score_C, widths=layer.widths, kept_E=kept_E)
         for (layer, score_C), kept_E in zip(layers, kept, strict=True)
     )
+
+
+def _per_cost(blocks: LayerBlocks, *, cost_E: Tensor) -> LayerBlocks:
+    """Score over cost; what costs nothing comes first if it is worth anything, and last if it is not."""
+    cost_B = cost_E[blocks.expert_B].clamp(min=_FREE)
+    return replace(blocks, score_B=blocks.score_B / cost_B)
 
 
 def _reserve_all(shape: ModelShape, *, blocks: Sequence[LayerBlocks], floors: Floors, align: int) -> list[Tensor]:

@@ -4,10 +4,23 @@ import logging
 from typing import Any
 
 from lightning_moe.allocation import build_method
-from lightning_moe.allocation.budget import resolve_prune_ratio
+from lightning_moe.allocation.budgets import Budget, BudgetPlan, spend_budget
+from lightning_moe.allocation.meter import shown
+from lightning_moe.allocation.units import parse_bytes, parse_params
+from lightning_moe.models.loading import DtypeName
+from lightning_moe.quantization.size import Bits, ModelSizes, read_sizes
 from lightning_moe.records import CalibrationStatistics
+from lightning_moe.reporting.table import Column, format_table
 
 log = logging.getLogger(__name__)
+
+_COLUMNS = (
+    Column(key="what", header="", left=True),
+    Column(key="before", header="before"),
+    Column(key="asked", header="budget"),
+    Column(key="left", header="plan"),
+    Column(key="binds", header="binds", left=True),
+)
 
 
 def plan(
@@ -16,24 +29,63 @@ def plan(
     out: str,
     prune_ratio: float | None = None,
     keep_ratio: float | None = None,
+    budget: str | int | None = None,
+    stored_params: str | int | None = None,
+    active: float | None = None,
+    model: str | None = None,
+    bits: Bits = 4,
+    dtype: DtypeName = "auto",
     method: str = "exact_global",
     method_args: dict[str, Any] | None = None,
     corpora: list[str] | None = None,
 ) -> None:
-    """Decide which channels stay; reads a statistics file, writes a plan (JSON), needs no model.
+    """Decide which channels stay; reads a statistics file, writes a plan (JSON), needs no weights.
+
+    At least one of `prune_ratio` or `keep_ratio`, `budget`, `stored_params` and `active`; several hold together.
 
     Args:
         statistics: File written by `calibrate`.
         out: Plan to write.
-        prune_ratio: Share of routed-expert channels to remove, in [0, 1). Exactly one of this and `keep_ratio`.
+        prune_ratio: Share of routed-expert channels to remove, in [0, 1).
         keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
-        method: `exact_global` (ours), `paper_a`, `uniform` or `reap`.
+        budget: Bytes of the folder that `prune` will write, such as 11.5GB (KB, MB, GB: powers of 1000; KiB, MiB, GiB:
+            of 1024). Tensors and configs as they are stored, the tokenizer left out. Needs `model`.
+        stored_params: Parameters of the whole model that stay, such as 3.2M or 16B. Needs `model`.
+        active: Share of the routed-expert parameters a token uses on average that stays, in (0, 1].
+        model: Folder, `asset:small_moe` or hub name of the calibrated model; only its `config.json` is read.
+        bits: How `prune` will store it: 4 (`quantize: nf4`) or 16 (`quantize: none`).
+        dtype: Type of the weights that stay unpacked, as for `prune`.
+        method: `exact_global` (ours), `paper_a`, `uniform`, `reap` or another preset.
         method_args: Settings of the method, for example `{align: 64}`.
         corpora: Corpora that count; all of the file if not given.
     """
-    ratio = resolve_prune_ratio(prune_ratio=prune_ratio, keep_ratio=keep_ratio)
-    made = build_method(method, **(method_args or {})).plan(
-        CalibrationStatistics.load(statistics), prune_ratio=ratio, corpora=corpora
+    wanted = Budget(
+        prune_ratio=prune_ratio,
+        keep_ratio=keep_ratio,
+        stored_params=None if stored_params is None else parse_params(stored_params),
+        bytes=None if budget is None else parse_bytes(budget),
+        active=active,
     )
-    made.save(out)
-    log.info("%s\nPlan written to %s.", made.summary(), out)
+    if wanted.needs_sizes and model is None:
+        raise ValueError("`budget` and `stored_params` need `model`, whose config says what is stored. Name the model.")
+    sizes = None if model is None else read_sizes(model, bits=bits, dtype=dtype)
+    chosen, measured = build_method(method, **(method_args or {})), CalibrationStatistics.load(statistics)
+    spent = spend_budget(chosen, measured, budget=wanted, sizes=sizes, corpora=corpora)
+    spent.plan.save(out)
+    log.info("%s\n%s\nPlan written to %s.", spent.plan.summary(), _table(spent, wanted, sizes=sizes), out)
+
+
+def _table(spent: BudgetPlan, budget: Budget, *, sizes: ModelSizes | None) -> str:
+    """What was asked, what the plan takes, and which limit keeps it from being larger."""
+    rows = [
+        {
+            "what": name,
+            "before": shown(name, spent.before[name]),
+            "asked": shown(name, budget.asked[name]) if name in budget.asked else None,
+            "left": shown(name, value),
+            "binds": "yes" if name in spent.binding else None,
+        }
+        for name, value in spent.reached.items()
+    ]
+    table = format_table(rows, columns=_COLUMNS)
+    return table if sizes is None else f"{table}\n(bytes and parameters as stored in {sizes.bits} bit)"

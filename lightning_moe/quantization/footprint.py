@@ -7,8 +7,9 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_moe.models.channel_experts import PROJECTIONS
+from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
+from lightning_moe.models.families import is_moe
 from lightning_moe.models.routers import without_adapter
 from lightning_moe.quantization.nf4 import PackedRows
 
@@ -41,13 +42,14 @@ def measure_footprint(model: PreTrainedModel, *, usage: Mapping[str, Tensor] | N
     modules = [module for name, module in model.named_modules() if not _is_adapter(name)]
     stored = sum(_logical_size(module) for module in modules) - _tied_parameters(model)
     expert_params = active_expert_params = 0.0
-    for layer in moe_layers(model):
+    for layer in moe_layers(model) if is_moe(model.config) else []:
         widths = expert_widths(layer.base_experts)
         share_E = _uniform_usage(layer, widths) if usage is None else usage[layer.name].tolist()
-        expert_params += len(PROJECTIONS) * hidden_size * sum(widths)
-        active_expert_params += (
-            len(PROJECTIONS) * hidden_size * sum(share * width for share, width in zip(share_E, widths, strict=True))
-        )
+        size_E = [len(PROJECTIONS) * hidden_size * width for width in widths]
+        for novice in _novices(layer):
+            size_E[novice] = hidden_size
+        expert_params += sum(size_E)
+        active_expert_params += sum(share * size for share, size in zip(share_E, size_E, strict=True))
     return Footprint(
         stored_params=int(stored),
         active_params=stored - expert_params + active_expert_params,
@@ -56,7 +58,9 @@ def measure_footprint(model: PreTrainedModel, *, usage: Mapping[str, Tensor] | N
 
 
 def missing_channels(model: PreTrainedModel) -> float:
-    """Share of the routed-expert channels that the model's config declares and the model no longer has."""
+    """Share of the routed-expert channels that the config declares and the model no longer has; 0 without experts."""
+    if not is_moe(model.config):
+        return 0.0
     config, layers = model.config.get_text_config(), moe_layers(model)
     family = layers[0].family
     declared = len(layers) * int(getattr(config, family.expert_count)) * int(getattr(config, family.expert_width))
@@ -64,10 +68,17 @@ def missing_channels(model: PreTrainedModel) -> float:
 
 
 def _uniform_usage(layer: MoeLayer, widths: Sequence[int]) -> list[float]:
-    """Every expert that still has channels is used equally often."""
+    """Every expert that can be chosen, one that still has channels or a novice, is used equally often."""
     top_k = int(without_adapter(layer.router).top_k)  # pyright: ignore[reportArgumentType]
-    num_alive = sum(width > 0 for width in widths)
-    return [top_k / num_alive if width else 0.0 for width in widths]
+    novices = _novices(layer)
+    alive = [width > 0 or expert in novices for expert, width in enumerate(widths)]
+    return [top_k / sum(alive) if is_alive else 0.0 for is_alive in alive]
+
+
+def _novices(layer: MoeLayer) -> tuple[int, ...]:
+    """Experts whose output is a constant of H numbers."""
+    experts = layer.base_experts
+    return experts.novice_experts if isinstance(experts, ChannelExperts) else ()
 
 
 def _is_adapter(name: str) -> bool:

@@ -2,9 +2,9 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import ClassVar, Self
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -29,6 +29,16 @@ class PruningMethod(ABC):
         self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
     ) -> tuple[Tensor, ...]:
         """Per layer bool [C], true for a channel that stays; `prune_ratio` is above 0."""
+
+    def remarks(self, shape: ModelShape, *, prune_ratio: float) -> Mapping[str, str]:
+        """What a plan's provenance says beyond settings, corpora and statistics: nothing, unless a method has a say."""
+        del shape, prune_ratio
+        return {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields that `build_method(name, **settings)` takes to make this very method again."""
+        return {own.name: value for own, value in zip(fields(self), asdict(self).values(), strict=True) if own.init}
 
     def resolved(self, shape: ModelShape) -> Self:
         """The same method with the `align` and `min_width` that were left open chosen for this model."""
@@ -57,10 +67,11 @@ class PruningMethod(ABC):
         else:
             keep = self.keep(statistics, prune_ratio=prune_ratio, corpora=corpora)
         provenance = {
-            "settings": json.dumps(asdict(self.resolved(statistics.shape)), sort_keys=True),
+            "settings": json.dumps(self.resolved(statistics.shape).settings, sort_keys=True),
             "corpora": ", ".join(statistics.corpora if corpora is None else corpora),
             "statistics": statistics.digest,
         }
+        provenance |= self.remarks(statistics.shape, prune_ratio=prune_ratio)
         return PrunePlan(
             shape=statistics.shape,
             method=self.name,
@@ -69,6 +80,28 @@ class PruningMethod(ABC):
             keep=keep,
             provenance=provenance,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMethod(PruningMethod):
+    """A method that keeps or drops whole experts: the budget is met to the nearest expert."""
+
+    align: int | None = field(default=1, init=False)
+
+    @property
+    def per_layer(self) -> bool:
+        """Every layer loses the same share; false where experts of all layers compete for one budget."""
+        return True
+
+
+def check_share(value: float, *, name: str) -> None:
+    """Refuses what is not a number in [0, 1].
+
+    Raises:
+        ValueError: with the name of the setting and what came.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` is a share and must be in [0, 1], got {value!r}.")
 
 
 def check_block(value: int | None, *, name: str) -> None:

@@ -18,6 +18,7 @@ from lightning_moe.allocation.paper_a import cover_model
 from lightning_moe.allocation.smoothing import check_smoothing, smooth
 from lightning_moe.allocation.super_experts import super_experts
 from lightning_moe.allocation.uniform import uniform_width
+from lightning_moe.allocation.usage import check_usage_weight, usage_costs, usage_shares
 from lightning_moe.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
 from lightning_moe.criteria.perturbation import DEFAULT_ALPHA, first_order_factor
 from lightning_moe.records import CalibrationStatistics
@@ -35,6 +36,8 @@ class ExactGlobal(PruningMethod):
         layer_floor: Share of its channels that each layer keeps at least.
         expert_floor: Channels that each expert keeps at least, rounded up to blocks.
         protect_super_experts: Super experts keep at least one block.
+        usage_weight: What a channel costs: 0 counts it as stored, 1 as often as a token uses it, in between both.
+            Blocks are ranked by score over cost. If not given: 0, or what a budget of active parameters asks for.
 
     Raises:
         ValueError: a setting is out of range.
@@ -45,6 +48,7 @@ class ExactGlobal(PruningMethod):
     layer_floor: float = 0.0
     expert_floor: int = 0
     protect_super_experts: bool = True
+    usage_weight: float | None = None
 
     name: ClassVar[str] = "exact_global"
 
@@ -52,16 +56,22 @@ class ExactGlobal(PruningMethod):
         check_name(self.criterion, field="criterion", known=CHANNEL_CRITERIA)
         check_block(self.align, name="align")
         Floors(layer_floor=self.layer_floor, expert_floor=self.expert_floor)
+        check_usage_weight(self.usage_weight)
 
     def keep(
         self, statistics: CalibrationStatistics, *, prune_ratio: float, corpora: Sequence[str] | None
     ) -> tuple[Tensor, ...]:
-        """See `rank_globally`."""
+        """See `rank_globally` and `usage_costs`."""
+        costs = None
+        if self.usage_weight:
+            usage = usage_shares(statistics, corpora=corpora)
+            costs = usage_costs(statistics.shape, usage=usage, usage_weight=self.usage_weight)
         return rank_globally(
             CHANNEL_CRITERIA[self.criterion](statistics, corpora=corpora),
             prune_ratio=prune_ratio,
             align=resolve_align(self.align, shape=statistics.shape),
             floors=_floors(self, statistics=statistics, corpora=corpora),
+            costs=costs,
         )
 
 
