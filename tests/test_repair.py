@@ -11,7 +11,8 @@ from lightning_moe.models.discovery import expert_matrices, model_shape, moe_lay
 from lightning_moe.quantization.nf4 import pack_experts
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.cut import apply_plan, convert_experts
-from lightning_moe.surgery.repair import RIDGES, SCARCE_RIDGE, ExpertRepair, plan_repair, repaired_down_rows
+from lightning_moe.surgery.least_squares import RIDGES, SCARCE_RIDGE, ExpertRepair, repaired_down_rows
+from lightning_moe.surgery.repair import plan_repair
 
 HIDDEN, CHANNELS = 32, 64
 

@@ -152,7 +152,8 @@ class DoraExperts(nn.Module, LoraLayer):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         with torch.autocast(device, enabled=False):
             call = self._call(adapter, self.experts.slots(top_k_index), dtype)
-            return adapted_experts(call, hidden_states, top_k_weights, self.adapter_parameters(adapter))
+            output_TH = adapted_experts(call, hidden_states, top_k_weights, self.adapter_parameters(adapter))
+            return self.experts.add_novices(output_TH, top_k_index, top_k_weights)
 
     def _call(self, adapter: str, slot_TK: Tensor, dtype: torch.dtype) -> Call:
         experts = self.experts
@@ -244,6 +245,8 @@ class DoraExperts(nn.Module, LoraLayer):
             merged = rows.rows(0, rows.shape[0], dtype) if adapter is None else self._merged_rows(adapter, side, dtype)
             setattr(dense, name, DenseRows(merged))
         dense.origin = experts.origin
+        if experts.novices is not None:
+            dense.set_novices(experts.novice_experts, experts.novices.detach().to(dtype))
         return dense.train(experts.training)
 
     @torch.no_grad()

@@ -29,9 +29,11 @@ class ChannelMoeConfig(BitsAndBytesConfig):
     """What `config.json` says of a cut model.
 
     Args:
-        widths: name of each experts module -> channels of each of its experts (0: masked in a grouped router).
+        widths: name of each experts module -> channels of each of its experts (0: a novice, or masked in a
+            grouped router).
         packed_experts: whether the expert rows are stored in NF4.
         packed_linears: names of the Linear layers stored in bitsandbytes NF4.
+        novices: name of an experts module -> experts of width 0 whose output is a constant; only modules that have any.
 
     Raises:
         ValueError: a field is not of the type above, or a width is negative.
@@ -42,6 +44,7 @@ class ChannelMoeConfig(BitsAndBytesConfig):
         widths: Mapping[str, Sequence[int]] | None = None,
         packed_experts: bool = False,
         packed_linears: Sequence[str] = (),
+        novices: Mapping[str, Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -51,7 +54,8 @@ class ChannelMoeConfig(BitsAndBytesConfig):
             bnb_4bit_quant_storage=torch.uint8,
         )
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
-        self.widths = _checked_widths({} if widths is None else widths)
+        self.widths = _checked_lists({} if widths is None else widths, what="widths")
+        self.novices = _checked_lists({} if novices is None else novices, what="novices")
         if not isinstance(packed_experts, bool):
             raise ValueError(f"`packed_experts` in config.json must be true or false, got {packed_experts!r}.")
         if not isinstance(packed_linears, list | tuple) or not all(isinstance(name, str) for name in packed_linears):
@@ -66,7 +70,7 @@ class ChannelMoeConfig(BitsAndBytesConfig):
             "widths": self.widths,
             "packed_experts": self.packed_experts,
             "packed_linears": self.packed_linears,
-        }
+        } | ({"novices": self.novices} if self.novices else {})
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: every field is needed to reload."""
@@ -77,14 +81,14 @@ class ChannelMoeConfig(BitsAndBytesConfig):
         return False
 
 
-def _checked_widths(widths: object) -> dict[str, list[int]]:
-    if not isinstance(widths, Mapping):
-        raise ValueError(f"`widths` in config.json must map names of experts modules to lists, got {widths!r}.")
-    for name, values in widths.items():
+def _checked_lists(lists: object, *, what: str) -> dict[str, list[int]]:
+    if not isinstance(lists, Mapping):
+        raise ValueError(f"`{what}` in config.json must map names of experts modules to lists, got {lists!r}.")
+    for name, values in lists.items():
         is_list = isinstance(values, list | tuple)
-        if not is_list or any(not isinstance(width, int) or isinstance(width, bool) or width < 0 for width in values):
-            raise ValueError(f"`widths` of '{name}' in config.json must be a list of integers >= 0, got {values!r}.")
-    return {str(name): list(values) for name, values in widths.items()}
+        if not is_list or any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
+            raise ValueError(f"`{what}` of '{name}' in config.json must be a list of integers >= 0, got {values!r}.")
+    return {str(name): list(values) for name, values in lists.items()}
 
 
 class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
@@ -138,7 +142,7 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
     ) -> None:
         config = self.quantization_config
         assert isinstance(config, ChannelMoeConfig)
-        restore_layers(model, widths=config.widths, packed=config.packed_experts)
+        restore_layers(model, widths=config.widths, novices=config.novices, packed=config.packed_experts)
         restore_linears(model, names=config.packed_linears)
         check_tensors(model, files=checkpoint_files or ())
 
@@ -186,6 +190,7 @@ def quantization_config_of(model: PreTrainedModel) -> ChannelMoeConfig:
         widths={name: module.widths for name, module in experts.items()},
         packed_experts=bool(packed),
         packed_linears=[name for name, module in model.named_modules() if isinstance(module, Linear4bit)],
+        novices={name: module.novice_experts for name, module in experts.items() if module.novice_experts},
     )
 
 
@@ -220,6 +225,7 @@ def _stored_tensors(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[s
         return None
     matrices = (nn.Linear, nn.Embedding, DenseRows)
     weights = [module.weight for module in model.modules() if isinstance(module, matrices) and module.weight.numel()]
+    weights += [m.novices for m in model.modules() if isinstance(m, ChannelExperts) and m.novices is not None]
     cast = {weight.data_ptr(): weight.detach().to(dtype) for weight in weights if weight.is_floating_point()}
     tensors: dict[str, Tensor] = model.state_dict()
     return {name: cast.get(tensor.data_ptr(), tensor) for name, tensor in tensors.items()}

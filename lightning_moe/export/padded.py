@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_moe.export.huggingface import check_replaceable
 from lightning_moe.files import write_atomically
+from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import MoeLayer, expert_matrices, expert_widths, moe_layers
 from lightning_moe.models.routers import MaskedDeepseekV2Router, without_adapter
 
@@ -39,7 +40,7 @@ def export_padded(model: PreTrainedModel, folder: str | Path) -> None:
     twice. The model type `deepseek` is not native to transformers: its export loads where an engine knows it.
 
     Raises:
-        ValueError: no stock router can leave out this model's evicted experts, or `folder` is not a model's.
+        ValueError: novices, no stock router can leave out this model's evicted experts, or `folder` is not a model's.
     """
     check_replaceable(folder)
     layers = moe_layers(model)
@@ -80,9 +81,16 @@ def _padded_count(layers: list[MoeLayer]) -> int:
     """Experts of each layer of the padded model.
 
     Raises:
-        ValueError: layers kept different numbers of experts and the router has no bias to keep the padding away with.
+        ValueError: novices, or layers kept different numbers of experts and the router has no bias to keep the padding
+            away with.
     """
     for layer in layers:
+        experts = layer.base_experts
+        if isinstance(experts, ChannelExperts) and experts.novices is not None:
+            raise ValueError(
+                f"'{layer.name}' has {len(experts.novice_experts)} novices, constants that a stock checkpoint has no "
+                "place for. Export `ragged`, or cut without novices."
+            )
         if isinstance(without_adapter(layer.router), MaskedDeepseekV2Router):
             raise ValueError(
                 f"'{layer.name}' lost experts behind a grouped router without selection bias: a stock checkpoint "

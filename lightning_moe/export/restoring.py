@@ -21,23 +21,37 @@ from lightning_moe.quantization.nf4 import PackedRows
 _QUANT_STATE = "quant_state.bitsandbytes__nf4"
 
 
-def restore_layers(model: PreTrainedModel, *, widths: Mapping[str, Sequence[int]], packed: bool) -> None:
+def restore_layers(
+    model: PreTrainedModel,
+    *,
+    widths: Mapping[str, Sequence[int]],
+    packed: bool,
+    novices: Mapping[str, Sequence[int]] | None = None,
+) -> None:
     """Swaps in ChannelExperts of the given widths and cuts or masks the routers.
 
     Raises:
-        ValueError: the names are not those of the model's experts modules, or a layer's widths do not fit its router.
+        ValueError: the names are not those of the model's experts modules, or a layer's widths or novices do not fit
+            its router.
     """
-    layers = {layer.name: layer for layer in moe_layers(model)}
-    if set(layers) != set(widths):
-        odd = sorted(set(layers) ^ set(widths))
+    layers, novices = {layer.name: layer for layer in moe_layers(model)}, novices or {}
+    if set(layers) != set(widths) or not set(novices) <= set(layers):
+        odd = sorted((set(layers) ^ set(widths)) | (set(novices) - set(layers)))
         raise ValueError(f"config.json declares widths for other experts modules than the model has: {odd[:4]}.")
     for name, layer in layers.items():
-        _check_widths(layer, widths[name])
-        _restore_layer(layer, widths=widths[name], packed=packed)
+        own = tuple(novices.get(name, ()))
+        _check_widths(layer, widths[name], novices=own)
+        _restore_layer(layer, widths=widths[name], novices=own, packed=packed)
 
 
-def _check_widths(layer: MoeLayer, widths: Sequence[int]) -> None:
+def _check_widths(layer: MoeLayer, widths: Sequence[int], *, novices: tuple[int, ...]) -> None:
     stock = layer_shape(layer)
+    empty = [expert for expert, width in enumerate(widths) if width == 0]
+    if list(novices) != sorted(set(novices) & set(empty)):
+        raise ValueError(
+            f"config.json: novices of '{layer.name}' must be experts of width 0, ascending, of {empty}, got "
+            f"{list(novices)}."
+        )
     if is_grouped(layer) and len(widths) != stock.num_experts:
         raise ValueError(
             f"config.json: '{layer.name}' has a grouped router, which keeps all {stock.num_experts} experts (0 for an "
@@ -47,16 +61,16 @@ def _check_widths(layer: MoeLayer, widths: Sequence[int]) -> None:
         raise ValueError(
             f"config.json: '{layer.name}' has experts of at most {max(stock.widths)} channels, got {max(widths)}."
         )
-    if not is_grouped(layer) and (len(widths) > stock.num_experts or 0 in widths):
+    if not is_grouped(layer) and (len(widths) > stock.num_experts or len(empty) > len(novices)):
         raise ValueError(
-            f"config.json: '{layer.name}' may have at most {stock.num_experts} experts, each of width >= 1, "
-            f"got widths {list(widths)}."
+            f"config.json: '{layer.name}' may have at most {stock.num_experts} experts, each of width >= 1 or a "
+            f"novice, got widths {list(widths)}."
         )
     if len(widths) < stock.top_k:
         raise ValueError(f"config.json: '{layer.name}' needs top_k={stock.top_k} experts, got {len(widths)} widths.")
 
 
-def _restore_layer(layer: MoeLayer, *, widths: Sequence[int], packed: bool) -> None:
+def _restore_layer(layer: MoeLayer, *, widths: Sequence[int], novices: tuple[int, ...], packed: bool) -> None:
     """Gives one stock layer the shape it was saved with."""
     stock = layer.experts
     _, hidden_size, _ = stock.get_parameter("down_proj").shape
@@ -72,8 +86,9 @@ def _restore_layer(layer: MoeLayer, *, widths: Sequence[int], packed: bool) -> N
             act_fn=stock.get_submodule("act_fn"),
             rows=PackedRows if packed else dense,
         )
+        experts.set_novices(novices, torch.empty(len(novices), hidden_size, dtype=dtype))
     if is_grouped(layer):
-        evicted = [e for e, width in enumerate(widths) if width == 0]
+        evicted = [e for e, width in enumerate(widths) if width == 0 and e not in novices]
         layer.block.set_submodule(layer.family.router, mask_router_rows(layer.router, layer.family, evicted))
     else:
         keep_router_rows(layer.router, layer.family, range(len(widths)))

@@ -1,6 +1,7 @@
 """ChannelExperts: the experts of one layer as rows, each expert with its own number of channels.
 
-T tokens, H hidden, K experts per token, S = T*K routed pairs, E experts, C = sum of widths, G experts of equal width.
+T tokens, H hidden, K experts per token, S = T*K routed pairs, E experts, C = sum of widths, G experts of equal width,
+N novices.
 """
 
 from abc import ABC, abstractmethod
@@ -91,6 +92,7 @@ class Origin:
         widths: channels of each expert of the layer as it was loaded, in its router's order.
         kept_C: boolean, those channels expert by expert: still here.
         refitted: the down rows were fitted anew since, so that the loaded rows do not give them.
+        replaced: experts were replaced by constants since, which the loaded rows do not give.
 
     Raises:
         ValueError: a value of the wrong kind, or a mask of another length.
@@ -99,6 +101,7 @@ class Origin:
     widths: tuple[int, ...]
     kept_C: Tensor
     refitted: bool = False
+    replaced: bool = False
 
     def __post_init__(self) -> None:
         counts = [width for width in self.widths if isinstance(width, int) and width >= 0]
@@ -130,7 +133,7 @@ class ChannelExperts(nn.Module):
     Channel c of an expert is one row of `gate_proj`, of `up_proj` and of `down_proj` (stored transposed), so that
     pruning is row selection. Experts are stored sorted by width; experts of equal width are one `[G, n, H]` view and
     one grouped matrix product, or a few (`expert_runs`). Width 0 marks an expert that a masked router still counts but
-    never chooses.
+    never chooses, or a novice: an expert whose output is a constant (`set_novices`).
 
     Args:
         widths: channels of each expert, in the router's order.
@@ -160,6 +163,8 @@ class ChannelExperts(nn.Module):
         build = rows or (lambda num_rows, hidden: DenseRows(torch.empty(num_rows, hidden)))
         for projection in PROJECTIONS:
             self.add_module(projection, build(sum(self.widths), hidden_size))
+        self.novice_experts: tuple[int, ...] = ()
+        self.register_parameter("novices", None)
         self._slot_of_expert: dict[torch.device, Tensor] = {}
 
     @property
@@ -175,6 +180,26 @@ class ChannelExperts(nn.Module):
     def projection(self, name: str) -> RowStorage:
         """The row storage called `name` (see PROJECTIONS)."""
         return cast(RowStorage, self.get_submodule(name))
+
+    def set_novices(self, experts: Sequence[int], rows_NH: Tensor) -> None:
+        """Makes experts of width 0 novices: their output is a row of `rows_NH`, a frozen parameter, for every token.
+
+        Args:
+            experts: positions in the router's order, ascending.
+            rows_NH: their outputs, before the gate weight.
+        """
+        assert all(self.widths[expert] == 0 for expert in experts)
+        assert rows_NH.shape == (len(experts), self.hidden_size)
+        self.novice_experts = tuple(experts)
+        self.novices = nn.Parameter(rows_NH, requires_grad=False) if experts else None
+
+    def add_novices(self, output_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The routed sum of the other experts and, where there are novices, gate weight times their constant."""
+        if self.novices is None:
+            return output_TH
+        gate_TE = weights_TK.new_zeros(len(index_TK), self.num_experts).scatter(1, index_TK, weights_TK)
+        constant_TH = gate_TE[:, list(self.novice_experts)] @ self.novices.to(gate_TE.dtype)
+        return output_TH + constant_TH.to(output_TH.dtype)
 
     def slots(self, index_TK: Tensor) -> Tensor:
         """Storage slot of each expert index (a lookup of E entries)."""
@@ -212,9 +237,11 @@ class ChannelExperts(nn.Module):
         routing = Routing.sort(self.slots(top_k_index), num_slots=self.num_experts)
         input_TH = hidden_states.to(dtype)
         if device == "cpu" and not self._needs_autograd(hidden_states, top_k_weights):
-            return self._accumulated_output(input_TH, routing, top_k_weights).to(hidden_states.dtype)
-        sorted_SH = self._sorted_output(input_TH[routing.token_S], routing)
-        return routing.combine(sorted_SH, top_k_weights).to(hidden_states.dtype)
+            output_TH = self._accumulated_output(input_TH, routing, top_k_weights)
+        else:
+            sorted_SH = self._sorted_output(input_TH[routing.token_S], routing)
+            output_TH = routing.combine(sorted_SH, top_k_weights)
+        return self.add_novices(output_TH, top_k_index, top_k_weights).to(hidden_states.dtype)
 
     def _needs_autograd(self, *inputs: Tensor) -> bool:
         tensors = chain(inputs, self.parameters())

@@ -158,6 +158,11 @@ REFUSED: dict[str, str] = {
 }
 
 
+def is_moe(config: PretrainedConfig) -> bool:
+    """Whether a config is of a known Mixture-of-Experts family; False for a plain dense model."""
+    return config.get_text_config().model_type in FAMILIES
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a language model's config.
 

@@ -13,25 +13,28 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 import lightning_moe.models.deepseek  # noqa: F401  (registers the model type)
 from lightning_moe.assets import resolve_asset
 from lightning_moe.files import read_json, read_shapes
-from lightning_moe.models.families import family_of
+from lightning_moe.models.families import REFUSED, family_of
 from lightning_moe.progress import quiet_transformers
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def load_model(source: str, *, dtype: DtypeName = "auto", from_scratch: bool = False) -> PreTrainedModel:
+def load_model(
+    source: str, *, dtype: DtypeName = "auto", from_scratch: bool = False, any_family: bool = False
+) -> PreTrainedModel:
     """A causal language model of a known MoE family, dense, ragged or packed, in eval mode.
 
     Args:
         source: folder, `asset:small_moe`, or hub name.
         dtype: type of the unpacked weights; `auto` keeps the stored one.
         from_scratch: random weights in the shape of the source's `config.json` (`auto` means float32 then).
+        any_family: any causal language model, also one without experts: to evaluate it, not to prune it.
 
     Raises:
         ValueError: the folder does not exist or holds no config, the model's family is not supported, a weight file is
             damaged, or a weight is missing or of another shape.
     """
-    config = read_config(source)
+    config = read_config(source, any_family=any_family)
     with clear_errors(source):
         if from_scratch:
             scratch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
@@ -47,15 +50,16 @@ def torch_dtype(name: DtypeName) -> torch.dtype | Literal["auto"]:
     return "auto" if name == "auto" else getattr(torch, name)
 
 
-def read_config(source: str) -> PretrainedConfig:
-    """The config of a source of a known family.
+def read_config(source: str, *, any_family: bool = False) -> PretrainedConfig:
+    """The config of a source of a known family (or of `any_family`).
 
     Raises:
         ValueError: there is no such folder, its config cannot be read, or the family is not supported.
     """
     with clear_errors(source):
         config = AutoConfig.from_pretrained(_location(source))
-    family_of(config.get_text_config())
+    if not any_family or config.get_text_config().model_type in REFUSED:
+        family_of(config.get_text_config())
     return config
 
 

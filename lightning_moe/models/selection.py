@@ -39,7 +39,7 @@ def select_rows(
     Args:
         experts: the experts; they lose their projections.
         keep_C: boolean, channels expert by expert in the router's order.
-        kept_experts: experts that stay, ascending (all of them under a grouped router: width 0 is masked).
+        kept_experts: experts that stay, ascending (all of them under a grouped router: width 0 is masked, and novices).
     """
     storage_C = experts.storage_order()
     rows_by_expert = [
@@ -53,6 +53,10 @@ def select_rows(
         rows=no_rows,
     )
     pruned.origin = experts.origin.cut(keep_C)
+    if experts.novices is not None:
+        stay = [position for position, expert in enumerate(experts.novice_experts) if expert in kept_experts]
+        places = [kept_experts.index(experts.novice_experts[position]) for position in stay]
+        pruned.set_novices(places, experts.novices.detach()[stay])
     index_C = torch.cat([rows_of_kept[e] for e in pruned.slot_order])
     for name in PROJECTIONS:
         rows = experts.projection(name)

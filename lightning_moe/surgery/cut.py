@@ -1,4 +1,4 @@
-"""Apply a PrunePlan to a model, in place, layer by layer.  E experts, C channels of a layer, H hidden."""
+"""Apply a PrunePlan to a model, in place, layer by layer.  E experts, C channels of a layer, N novices, H hidden."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -19,6 +19,7 @@ from lightning_moe.models.saving import save_with_widths
 from lightning_moe.models.selection import RowSelection, no_rows, select_rows
 from lightning_moe.quantization.nf4 import PackedRows
 from lightning_moe.records import PrunePlan
+from lightning_moe.surgery.novices import Novices
 from lightning_moe.surgery.optimizer_state import check_states, follow_cut
 from lightning_moe.surgery.parameters import check_parameters
 from lightning_moe.surgery.repair import Repair
@@ -27,11 +28,17 @@ log = logging.getLogger(__name__)
 
 
 def apply_plan(
-    model: PreTrainedModel, *, plan: PrunePlan, repair: Repair | None = None, optimizers: Iterable[Optimizer] = ()
+    model: PreTrainedModel,
+    *,
+    plan: PrunePlan,
+    repair: Repair | None = None,
+    novices: Novices | None = None,
+    optimizers: Iterable[Optimizer] = (),
 ) -> None:
     """Cuts the channels and experts that the plan does not keep, and lets optimizers follow, layer by layer.
 
-    Every layer becomes `ChannelExperts`; evicted experts leave the router (ungrouped) or are masked in it (grouped).
+    Every layer becomes `ChannelExperts`; evicted experts leave the router (ungrouped) or are masked in it (grouped), or
+    stay in it as novices.
     Works on stock experts, on ChannelExperts in 16 bit and on packed ones, whose rows are selected bit for bit, and
     under our adapters of experts and routers (see `cut_layer`).
 
@@ -39,29 +46,36 @@ def apply_plan(
         model: the model that the plan was made for.
         plan: which channels stay.
         repair: new rows of W_down for this plan (`plan_repair`); packed experts get them packed.
+        novices: what evicted experts leave behind (`mean_outputs`); nothing when not given.
         optimizers: of a training that goes on (`follow_cut`); called between two steps.
 
     Raises:
-        ValueError: the plan was made for another model, the repair for another plan, or an optimizer keeps a state that
-            cannot follow; the model is as it was then.
+        ValueError: the plan was made for another model, repair or novices for another plan, or an optimizer keeps a
+            state that cannot follow; the model is as it was then.
     """
     plan.check_fits(model_shape(model))
     if repair is not None:
         repair.check_fits(plan)
+    if novices is not None:
+        novices.check_fits(plan)
     layers, optimizers = moe_layers(model), list(optimizers)
     check_parameters(layers)
     cut_parts = [part for layer in layers for part in (layer.experts, layer.router)]
     check_states(optimizers, parameters=(p for part in cut_parts for p in part.parameters()))
     for layer in layers:
         down_rows_CH = None if repair is None else repair.down_rows[layer.index]
-        replaced = cut_layer(layer, keep_C=plan.keep[layer.index], down_rows_CH=down_rows_CH)
+        novices_NH = None if novices is None else novices.rows[layer.index].to(model.dtype)
+        keep_C = plan.keep[layer.index]
+        replaced = cut_layer(layer, keep_C=keep_C, down_rows_CH=down_rows_CH, novices_NH=novices_NH)
         follow_cut(optimizers, replaced=replaced)  # before the next layer: an optimizer keeps the old rows in memory
     save_with_widths(model)
     if not optimizers:  # in training one line says it (`ScheduledPruner`)
         log.info("%s", plan.summary())
 
 
-def cut_layer(layer: MoeLayer, *, keep_C: Tensor, down_rows_CH: Tensor | None = None) -> list[RowSelection]:
+def cut_layer(
+    layer: MoeLayer, *, keep_C: Tensor, down_rows_CH: Tensor | None = None, novices_NH: Tensor | None = None
+) -> list[RowSelection]:
     """Cuts one layer, in place: `keep_C` is boolean, channels expert by expert in the router's order.
 
     Adapters of ours around experts or router are cut with them and stay the same modules: the result is the function
@@ -72,25 +86,49 @@ def cut_layer(layer: MoeLayer, *, keep_C: Tensor, down_rows_CH: Tensor | None = 
         layer: the layer.
         keep_C: channels that stay.
         down_rows_CH: new down rows of the kept channels, in the same order; not under an adapter.
+        novices_NH: constant outputs of the experts that lose their last channels now, in the router's order.
 
     Raises:
         ValueError: new down rows for adapted experts.
     """
     widths = [int(kept.sum()) for kept in keep_C.split(expert_widths(layer.experts))]
-    evicted = [e for e, width in enumerate(widths) if width == 0]
-    grouped = is_grouped(layer)
-    kept_experts = [e for e, width in enumerate(widths) if width or grouped]
+    grouped, novices = is_grouped(layer), _novices_after(layer, widths=widths, more=novices_NH is not None)
+    kept_experts = [e for e, width in enumerate(widths) if width or grouped or e in novices]
     if isinstance(layer.experts, DoraExperts):
         if down_rows_CH is not None:
             raise ValueError(f"'{layer.name}' has adapters, and a repair refits bare weights: set `repair` to false.")
         replaced = cut_dora_experts(layer.experts, keep_C=keep_C, kept_experts=kept_experts)
     else:
         replaced = _cut_bare_experts(layer, keep_C=keep_C, kept_experts=kept_experts, down_rows_CH=down_rows_CH)
+    if novices_NH is not None:
+        _add_novices(layer, experts=[kept_experts.index(e) for e in novices], rows_NH=novices_NH)
     if grouped:
-        _mask_router(layer, evicted)
-    elif evicted:
+        _mask_router(layer, [e for e, width in enumerate(widths) if not width and e not in novices])
+    elif len(kept_experts) < len(widths):
         replaced += _shrink_router(layer, kept_experts)
     return replaced
+
+
+def _novices_after(layer: MoeLayer, *, widths: Sequence[int], more: bool) -> list[int]:
+    """Novices there are, and with `more` the experts that lose their last channels now; ascending."""
+    experts = layer.base_experts
+    present = experts.novice_experts if isinstance(experts, ChannelExperts) else ()
+    before = expert_widths(experts)
+    lost = [e for e, width in enumerate(widths) if width == 0 < before[e]] if more else []
+    return sorted((*present, *lost))
+
+
+def _add_novices(layer: MoeLayer, *, experts: Sequence[int], rows_NH: Tensor) -> None:
+    """Adds the new novices' rows; `experts` are all novices of the cut layer, old and new."""
+    base = layer.base_experts
+    assert isinstance(base, ChannelExperts)
+    all_NH = rows_NH.new_empty(len(experts), base.hidden_size, device=next(base.parameters()).device)
+    is_old_N = torch.tensor([expert in base.novice_experts for expert in experts], dtype=torch.bool)
+    if base.novices is not None:
+        all_NH[is_old_N] = base.novices.detach().to(all_NH.dtype)
+    all_NH[~is_old_N] = rows_NH.to(all_NH.device)
+    base.set_novices(experts, all_NH)
+    base.origin = replace(base.origin, replaced=base.origin.replaced or len(rows_NH) > 0)
 
 
 def _cut_bare_experts(

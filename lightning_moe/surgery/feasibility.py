@@ -1,6 +1,6 @@
 """What can still be cut from a model: its shape before any cut, ratios counted from there, and what is refused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from lightning_moe.adapters.experts import DoraExperts
 from lightning_moe.adapters.router import DoraRouter
 from lightning_moe.allocation.budget import block_budget, resolve_align
-from lightning_moe.allocation.methods import ExpertDropping, PruningMethod
+from lightning_moe.allocation.methods import ExpertMethod, PruningMethod
 from lightning_moe.allocation.reachability import needed_per_group
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import layer_shape, model_shape, moe_layers
@@ -35,21 +35,15 @@ def check_reachable(shape: ModelShape, *, method: PruningMethod, prune_ratio: fl
 
     Args:
         shape: the unpruned model.
-        method: whole experts leave (`ExpertDropping`), or blocks of channels.
+        method: whole experts leave (an `ExpertMethod`), or blocks of channels.
         prune_ratio: the largest that is asked for.
 
     Raises:
         ValueError: names the layer, or the whole model, and the numbers.
     """
     needed = [needed_per_group(layer) * layer.num_groups for layer in shape.layers]
-    if isinstance(method, ExpertDropping):
-        for layer, count in zip(shape.layers, needed, strict=True):
-            left = round((1 - prune_ratio) * layer.num_experts)
-            if left < count:
-                raise ValueError(
-                    f"{layer.name}: prune ratio {prune_ratio} leaves {left} of {layer.num_experts} experts, but "
-                    f"{count} must stay (top_k={layer.top_k}, num_groups={layer.num_groups}). Prune less."
-                )
+    if isinstance(method, ExpertMethod):
+        _check_experts(shape, needed=needed, per_layer=method.per_layer, prune_ratio=prune_ratio)
         return
     align = resolve_align(method.align, shape=shape)
     num_blocks = block_budget(shape, prune_ratio=prune_ratio, align=align)
@@ -58,6 +52,25 @@ def check_reachable(shape: ModelShape, *, method: PruningMethod, prune_ratio: fl
             f"Prune ratio {prune_ratio} leaves {num_blocks} blocks of {align} channels, but {sum(needed)} experts must "
             "keep one so that each token finds its experts. Prune less, or choose a smaller `align`."
         )
+
+
+def _check_experts(shape: ModelShape, *, needed: Sequence[int], per_layer: bool, prune_ratio: float) -> None:
+    num_experts = [layer.num_experts for layer in shape.layers]
+    if not per_layer:
+        left = round((1 - prune_ratio) * sum(num_experts))
+        if left < sum(needed):
+            raise ValueError(
+                f"Prune ratio {prune_ratio} leaves {left} of the model's {sum(num_experts)} experts, but {sum(needed)} "
+                "must stay so that each token finds its experts. Prune less."
+            )
+        return
+    for layer, count in zip(shape.layers, needed, strict=True):
+        left = round((1 - prune_ratio) * layer.num_experts)
+        if left < count:
+            raise ValueError(
+                f"{layer.name}: prune ratio {prune_ratio} leaves {left} of {layer.num_experts} experts, but "
+                f"{count} must stay (top_k={layer.top_k}, num_groups={layer.num_groups}). Prune less."
+            )
 
 
 def check_adapters(model: PreTrainedModel) -> None:

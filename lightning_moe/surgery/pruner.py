@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_moe.allocation import build_method
-from lightning_moe.allocation.methods import ExpertDropping, PruningMethod
+from lightning_moe.allocation.methods import ExpertMethod, PruningMethod
 from lightning_moe.calibration.collector import Batch, collect_statistics
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.models.channel_experts import ChannelExperts
@@ -21,6 +21,7 @@ from lightning_moe.surgery.cut import apply_plan, convert_experts
 from lightning_moe.surgery.feasibility import check_adapters, check_reachable, remaining_ratio, unpruned_shape
 from lightning_moe.surgery.optimizer_state import check_optimizers, unwrapped
 from lightning_moe.surgery.parameters import check_parameters
+from lightning_moe.surgery.repair import Repair
 from lightning_moe.surgery.schedule import Schedule, build_schedule
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,12 @@ class ScheduledPruner:
         return None if due is None else due[1]
 
     def cut(
-        self, statistics: CalibrationStatistics, *, prune_ratio: float, optimizers: Sequence[Optimizer]
+        self,
+        statistics: CalibrationStatistics,
+        *,
+        prune_ratio: float,
+        optimizers: Sequence[Optimizer],
+        repair: Callable[[PrunePlan], Repair | None] | None = None,
     ) -> PrunePlan:
         """Decides on these statistics of the model as it is, cuts, and lets the optimizers follow.
 
@@ -138,6 +144,7 @@ class ScheduledPruner:
             statistics: of the present model.
             prune_ratio: share of the unpruned model's channels that is gone afterwards.
             optimizers: all that hold parameters of the model.
+            repair: makes the repair of the plan that was decided; none when not given.
 
         Raises:
             ValueError: the method cannot meet the ratio, or an optimizer's state cannot follow.
@@ -148,7 +155,8 @@ class ScheduledPruner:
         bare = [unwrapped(optimizer) for optimizer in optimizers]
         for optimizer in bare:
             optimizer.zero_grad(set_to_none=True)
-        apply_plan(self.model, plan=plan, optimizers=bare)
+        refit = None if repair is None else repair(plan)
+        apply_plan(self.model, plan=plan, repair=refit, optimizers=bare)
         self._mark(prune_ratio)
         self.plans.append(plan)
         return plan
@@ -221,7 +229,7 @@ class ScheduledPruner:
             self.num_channels,
             100 * plan.num_kept / self.num_channels,
             evicted,
-            _WHOLE if isinstance(self.method, ExpertDropping) else "",
+            _WHOLE if isinstance(self.method, ExpertMethod) else "",
             calibrated - started,
             done - calibrated,
             100 * (done - started) / max(started - since, 1e-9),

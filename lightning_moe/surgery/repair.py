@@ -1,47 +1,30 @@
 """Least-squares repair: refit each expert's W_down so that the kept channels give its old output (method, section 5).
 
-E experts, C channels of a layer, n channels of one expert (k kept, d dropped), H hidden, L ridges.
+E experts, C channels of a layer, n channels of one expert (k kept), H hidden.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lightning_moe.calibration.collector import Batch
-from lightning_moe.calibration.gram import LayerGram, iterate_grams
+from lightning_moe.calibration.gram import HIDDEN_CHANNELS, LayerGram, iterate_grams
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.calibration.routed import down_rows
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import MoeLayer, expert_widths, model_shape, moe_layers
+from lightning_moe.progress import hidden
+from lightning_moe.quantization.nf4 import check_hidden_size
 from lightning_moe.records import PrunePlan
+from lightning_moe.surgery.after_nf4 import RoundedChannels, rounded_rows
+from lightning_moe.surgery.least_squares import ExpertRepair, refit_rows, repaired_down_rows, unchanged_rows
 
 log = logging.getLogger(__name__)
-
-# Relative to the mean diagonal of the kept channels' Gram.
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# The least ridge for an expert that saw fewer tokens than it has channels: its Gram is singular.
-SCARCE_RIDGE = 1e-1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ExpertRepair:
-    """New down rows of one expert.
-
-    Args:
-        down_rows: `[k, H]`, in the order of the kept channels.
-        ridge: the ridge that was chosen; None when the rows stay as they were.
-        error_before: `sum g^2 q ||z' - z||^2` of the cut expert over all tokens, rows as they were.
-        error_after: the same with new rows, each half of the tokens predicted from the other half.
-    """
-
-    down_rows: Tensor
-    ridge: float | None
-    error_before: float
-    error_after: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,16 +68,29 @@ class Repair:
         return "\n".join(lines)
 
 
+def has_rows_to_fit(plan: PrunePlan, *, after_nf4: bool = False) -> bool:
+    """Whether a repair can change anything: not where whole experts go and the others keep all their channels."""
+    indices = range(len(plan.keep))
+    return any(_experts_to_fit(plan, layer_index=index, whole_too=after_nf4) for index in indices)
+
+
 def plan_repair(
     model: PreTrainedModel,
     *,
     plan: PrunePlan,
     loaders: Mapping[str, Iterable[Batch]],
     memory_gb: float = 4.0,
+    after_nf4: bool = False,
+    grams: Iterable[LayerGram] | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
 ) -> Repair:
     """New down rows for the cut of `plan`; the model itself is not changed (`apply_plan(..., repair=...)` does that).
+
+    With `after_nf4` the rows are for an expert that is packed afterwards: they reproduce its old output from the kept
+    channels as their 4-bit gate and up rows give them, `W' = argmin || H_q W'^T - H W^T ||^2`, and are rounded with
+    error feedback (`rounded_rows`). Then experts that keep all channels are repaired too, and a plan that cuts nothing
+    is one of compensation alone. Errors in the summary do not count the rounding of W'.
 
     Several processes share the batches, and then the experts: each solves for its own, and all get the same rows.
 
@@ -102,22 +98,36 @@ def plan_repair(
         model: the model the plan was made for, uncut.
         plan: which channels stay.
         loaders: corpus name -> batches, as for `collect_statistics`.
-        memory_gb: GiB for the Gram matrices of one pass (`iterate_grams`).
+        memory_gb: GiB for the Gram matrices of one pass (`iterate_grams`); of `n^2` numbers an expert, after NF4
+            `(n + k)^2`.
+        after_nf4: fit to gate and up rows in 4 bit; the caller packs the model after the cut.
+        grams: of all experts' channels, where several plans share them; not after NF4. Not given: taken from `loaders`.
         progress: show a progress bar.
         processes: those that share the work; each has the whole model, the same plan and the same loaders.
 
     Raises:
-        ValueError: the plan was made for another model, or one layer needs more than `memory_gb`.
+        ValueError: the plan was made for another model, one layer needs more than `memory_gb`, the model cannot be
+            packed, or `grams` are given to a repair after NF4.
     """
     plan.check_fits(model_shape(model))
-    layers = moe_layers(model)
-    rows, numbers = [], []
-    experts = [_cut_experts(plan, layer_index=layer.index) for layer in layers]
-    grams = iterate_grams(
-        model, loaders=loaders, memory_gb=memory_gb, experts=experts, progress=progress, processes=processes
-    )
-    for layer, gram in zip(layers, grams, strict=True):
-        repairs = repair_layer(layer, gram=gram, keep_C=plan.keep[layer.index], processes=processes)
+    layers, rows, numbers = moe_layers(model), [], []
+    rounded = _rounded_channels(plan, grams=grams) if after_nf4 else None
+    if grams is None:
+        grams = iterate_grams(
+            model,
+            loaders=loaders,
+            memory_gb=memory_gb,
+            experts=[_experts_to_fit(plan, layer_index=layer.index, whole_too=after_nf4) for layer in layers],
+            columns=rounded or HIDDEN_CHANNELS,
+            progress=progress,
+            processes=processes,
+        )
+    fitting = tqdm(layers, desc="Fitting down projections", disable=hidden(progress=progress))
+    for layer, gram in zip(fitting, grams, strict=True):
+        keep_C = plan.keep[layer.index]
+        repairs = repair_layer(layer, gram=gram, keep_C=keep_C, after_nf4=after_nf4, processes=processes)
+        if rounded is not None:
+            rounded.forget(layer)
         rows.append(torch.cat([one.down_rows for one in repairs]))
         before, after = sum(one.error_before for one in repairs), sum(one.error_after for one in repairs)
         repaired = sum(one.ridge is not None for one in repairs)
@@ -132,6 +142,13 @@ def plan_repair(
     )
     log.info("Repair of W_down, predicted error per token:\n%s", repair.summary())
     return repair
+
+
+def _rounded_channels(plan: PrunePlan, *, grams: Iterable[LayerGram] | None) -> RoundedChannels:
+    check_hidden_size(plan.shape.hidden_size)
+    if grams is not None:
+        raise ValueError("`grams` are of 16-bit channels, and a repair after NF4 takes its own: leave them out.")
+    return RoundedChannels(plan=plan)
 
 
 def _summed(
@@ -150,12 +167,12 @@ def _summed(
 
 
 def repair_layer(
-    layer: MoeLayer, *, gram: LayerGram, keep_C: Tensor, processes: Processes = ALONE
+    layer: MoeLayer, *, gram: LayerGram, keep_C: Tensor, after_nf4: bool = False, processes: Processes = ALONE
 ) -> list[ExpertRepair]:
     """Repairs of all experts of one layer, in the router's order; an evicted expert has no rows.
 
     Rows are on the CPU, in the weights' type (fp32 for packed experts). Of several processes each solves for every
-    `size`-th expert; rows and errors of the others are 0 here.
+    `size`-th expert; rows and errors of the others are 0 here. After NF4 the Grams are those of `RoundedChannels`.
     """
     experts = layer.experts
     packed = isinstance(experts, ChannelExperts) and experts.packed
@@ -163,139 +180,45 @@ def repair_layer(
     repairs = []
     for expert, keep_n in enumerate(keep_C.split(expert_widths(experts))):
         down_nH = down_rows(experts, expert, dtype=dtype).detach()
-        if expert % processes.size == processes.rank:
-            one = repaired_down_rows(
-                down_nH=down_nH,
-                keep_n=keep_n,
-                half_a=gram.half_a[expert],
-                half_b=gram.half_b[expert],
-                num_tokens=gram.counts[expert],
-            )
+        if expert % processes.size != processes.rank:
+            repairs.append(unchanged_rows(torch.zeros_like(down_nH[keep_n])))
+        elif after_nf4:
+            repairs.append(_fit_rounded(gram, expert=expert, down_nH=down_nH, keep_n=keep_n))
         else:
-            rows_kH = torch.zeros_like(down_nH[keep_n], device="cpu")
-            one = ExpertRepair(down_rows=rows_kH, ridge=None, error_before=0.0, error_after=0.0)
-        repairs.append(one)
+            repairs.append(_fit_channels(gram, expert=expert, down_nH=down_nH, keep_n=keep_n))
     return repairs
 
 
-def repaired_down_rows(
-    *,
-    down_nH: Tensor,
-    keep_n: Tensor,
-    half_a: Tensor,
-    half_b: Tensor,
-    num_tokens: int,
-    ridges: Sequence[float] = RIDGES,
-) -> ExpertRepair:
-    """`W' = W_k + (G_kk + lambda m I)^-1 G_kd W_d` with `m` the mean diagonal of G_kk (method, section 5).
-
-    The ridge pulls towards the rows as they were, so few tokens mean little change. It is chosen per expert by
-    cross-validation between the two halves of the tokens: only a ridge that, fitted on one half, lowers the error of
-    the other by more than a share of `1 / sqrt(num_tokens / 2)`, both ways round, may be used, else the rows stay.
-    That is the noise of a mean over so few tokens: an expert that saw 8 must gain half, one that saw 8000 1.6 %. One
-    that saw fewer tokens than it has channels gets no ridge below `SCARCE_RIDGE`. The rows are then fitted on all
-    tokens.
-
-    Args:
-        down_nH: transposed down projection `[n, H]`.
-        keep_n: true for a channel that stays.
-        half_a: Gram `[n, n]` of one half of the tokens (`LayerGram`).
-        half_b: the other half's.
-        num_tokens: tokens routed to the expert, both halves together.
-        ridges: candidates, relative to the mean diagonal.
-    """
-    if bool(keep_n.all()) or not bool(keep_n.any()):
-        return ExpertRepair(down_rows=down_nH[keep_n].cpu(), ridge=None, error_before=0.0, error_after=0.0)
-    order_n = torch.cat([keep_n.nonzero(), (~keep_n).nonzero()]).flatten().to(half_a.device)
-    kept_kH, dropped_dH = down_nH.index_select(0, order_n).to(half_a.dtype).tensor_split([int(keep_n.sum())])
-    weight_dd = dropped_dH @ dropped_dH.T
-    a, b = (_SplitGram.of(half, order_n=order_n, num_kept=len(kept_kH)) for half in (half_a, half_b))
-    fit_a, fit_b = (_RidgeFit(half, weight_dd=weight_dd, ridges=ridges) for half in (a, b))
-    before_2 = torch.stack([half.unrepaired_error(weight_dd) for half in (a, b)])
-    after_L2 = torch.stack([fit_b.errors_on(a), fit_a.errors_on(b)], dim=1)
-    scarce = num_tokens < len(keep_n)
-    allowed_L = torch.tensor([not scarce or ridge >= SCARCE_RIDGE for ridge in ridges], device=after_L2.device)
-    best = _best_ridge(before_2, after_L2, allowed_L=allowed_L, num_tokens=num_tokens)
-    if best is None:
-        total = float(before_2.sum())
-        return ExpertRepair(down_rows=down_nH[keep_n].cpu(), ridge=None, error_before=total, error_after=total)
-    rows_kH = kept_kH + (a + b).ridge_solution(ridges[best]) @ dropped_dH
-    return ExpertRepair(
-        down_rows=rows_kH.to(down_nH.dtype).cpu(),
-        ridge=ridges[best],
-        error_before=float(before_2.sum()),
-        error_after=float(after_L2[best].sum()),
+def _fit_channels(gram: LayerGram, *, expert: int, down_nH: Tensor, keep_n: Tensor) -> ExpertRepair:
+    return repaired_down_rows(
+        down_nH=down_nH,
+        keep_n=keep_n,
+        half_a=gram.half_a[expert],
+        half_b=gram.half_b[expert],
+        num_tokens=gram.counts[expert],
     )
 
 
-def _cut_experts(plan: PrunePlan, *, layer_index: int) -> tuple[int, ...]:
-    """Experts that lose some of their channels, but not all."""
+def _fit_rounded(gram: LayerGram, *, expert: int, down_nH: Tensor, keep_n: Tensor) -> ExpertRepair:
+    if not bool(keep_n.any()):
+        return unchanged_rows(down_nH[keep_n])
+    one = refit_rows(
+        kept_kH=down_nH[keep_n],
+        lost_dH=down_nH,
+        half_a=gram.half_a[expert],
+        half_b=gram.half_b[expert],
+        num_tokens=gram.counts[expert],
+        num_channels=len(keep_n),
+    )
+    if one.ridge is None:
+        return one
+    kept = slice(len(one.down_rows))
+    gram_kk = gram.half_a[expert][kept, kept] + gram.half_b[expert][kept, kept]
+    rows_kH = rounded_rows(one.down_rows.to(gram_kk), gram_kk=gram_kk, ridge=one.ridge)
+    return replace(one, down_rows=rows_kH.to(one.down_rows))
+
+
+def _experts_to_fit(plan: PrunePlan, *, layer_index: int, whole_too: bool) -> tuple[int, ...]:
+    """Experts that lose some of their channels, but not all, and with `whole_too` those that lose none."""
     widths = zip(plan.widths(layer_index), plan.shape.layers[layer_index].widths, strict=True)
-    return tuple(expert for expert, (kept, width) in enumerate(widths) if 0 < kept < width)
-
-
-def _best_ridge(before_2: Tensor, after_L2: Tensor, *, allowed_L: Tensor, num_tokens: int) -> int | None:
-    noise = min(1.0, (2 / max(1, num_tokens)) ** 0.5)
-    allowed_L = allowed_L & (after_L2 < before_2 * (1 - noise)).all(1)
-    total_L = after_L2.sum(1).masked_fill(~allowed_L, torch.inf)
-    return int(total_L.argmin()) if bool(allowed_L.any()) else None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _SplitGram:
-    """A Gram, split into kept and dropped channels."""
-
-    kk: Tensor
-    kd: Tensor
-    dd: Tensor
-
-    @classmethod
-    def of(cls, gram_nn: Tensor, *, order_n: Tensor, num_kept: int) -> "_SplitGram":
-        """`order_n` lists the kept channels, then the dropped ones."""
-        kept_kn, dropped_dn = gram_nn.index_select(0, order_n).index_select(1, order_n).tensor_split([num_kept])
-        return cls(kk=kept_kn[:, :num_kept], kd=kept_kn[:, num_kept:], dd=dropped_dn[:, num_kept:])
-
-    def __add__(self, other: "_SplitGram") -> "_SplitGram":
-        return _SplitGram(kk=self.kk + other.kk, kd=self.kd + other.kd, dd=self.dd + other.dd)
-
-    def unrepaired_error(self, weight_dd: Tensor) -> Tensor:
-        """`tr(W_d^T G_dd W_d)`, summed in float64."""
-        return (self.dd * weight_dd).sum(dtype=torch.float64)
-
-    def ridge_strength(self, ridge: float) -> Tensor:
-        """`lambda m`."""
-        return ridge * self.kk.diagonal().mean().clamp_min(torch.finfo(self.kk.dtype).tiny)
-
-    def ridge_solution(self, ridge: float) -> Tensor:
-        """`S = (G_kk + lambda m I)^-1 G_kd` `[k, d]`, solved in float64."""
-        ridged_kk = self.kk.to(torch.float64, copy=True)
-        ridged_kk.diagonal().add_(self.ridge_strength(ridge))
-        return torch.cholesky_solve(self.kd.double(), torch.linalg.cholesky(ridged_kk)).to(self.kd.dtype)
-
-
-class _RidgeFit:
-    """`S = (G_kk + lambda m I)^-1 G_kd` for all ridges from one eigendecomposition `G_kk = U diag(v) U^T`.
-
-    With `P = U^T G_kd` and `s = 1 / (v + lambda m)` it is `S = U diag(s) P`, so the error `tr(D^T B D)` of the new rows
-    on any Gram B, `D = [S W_d; -W_d]`, is a quadratic in s: `s^T Q s - 2 r^T s + const`. The terms may be 10^8 times
-    their sum, so they are added in float64; products and eigenvectors have the Gram's own type. With a float32 Gram,
-    errors below some 10^-7 of the one without repair are therefore noise. Where a few tokens are a thousand times as
-    large as the others, even larger ones may be several per cent off: the others are the Gram's last digits.
-    """
-
-    def __init__(self, gram: _SplitGram, *, weight_dd: Tensor, ridges: Sequence[float]) -> None:
-        value_k, self.basis_kk = torch.linalg.eigh(gram.kk)
-        self.projected_kd = self.basis_kk.T @ gram.kd
-        self.weight_dd = weight_dd
-        strength_L = torch.stack([gram.ridge_strength(ridge) for ridge in ridges])
-        self.inverse_Lk = 1 / (value_k.clamp_min(0) + strength_L.unsqueeze(1))
-
-    def errors_on(self, gram: _SplitGram) -> Tensor:
-        """Error of each ridge's rows on another Gram, float64 `[L]`, at least 0."""
-        basis_kk, weighted_kd = self.basis_kk, self.projected_kd @ self.weight_dd
-        turned_kk = basis_kk.T @ gram.kk @ basis_kk
-        quadratic_kk = (turned_kk * (weighted_kd @ self.projected_kd.T)).double()
-        linear_k = ((basis_kk.T @ gram.kd) * weighted_kd).sum(1, dtype=torch.float64)
-        inverse_Lk = self.inverse_Lk.double()
-        quadratic_L = ((inverse_Lk @ quadratic_kk) * inverse_Lk).sum(1)
-        return (quadratic_L - 2 * inverse_Lk @ linear_k + gram.unrepaired_error(self.weight_dd)).clamp_min(0)
+    return tuple(expert for expert, (kept, width) in enumerate(widths) if kept and (whole_too or kept < width))

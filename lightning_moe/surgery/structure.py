@@ -138,7 +138,11 @@ class ModelStructure:
 
 
 def structure_of(model: PreTrainedModel) -> ModelStructure:
-    """Reads the structure off a model, with or without adapters on it; no weight is touched."""
+    """Reads the structure off a model, with or without adapters on it; no weight is touched.
+
+    Raises:
+        ValueError: experts were replaced by novices since the model was loaded.
+    """
     return ModelStructure(
         hidden_size=_hidden_size(model),
         layers=tuple(_layer_structure(layer) for layer in moe_layers(model)),
@@ -199,6 +203,7 @@ _ADVICE = "Resume with the callbacks and settings it was trained with, and a mod
 
 
 def _cut(layer: MoeLayer, wanted: Origin) -> None:
+    _check_rebuildable(layer)
     origin = _origin(layer.base_experts)
     untouched = layer.experts is layer.base_experts
     missing = int((wanted.kept_C & ~origin.kept_C).sum())
@@ -257,8 +262,17 @@ def _check_source(model: PreTrainedModel, layers: list[MoeLayer], structure: Mod
 
 def _layer_structure(layer: MoeLayer) -> LayerStructure:
     experts = layer.base_experts
+    _check_rebuildable(layer)
     origin = experts.origin if isinstance(experts, ChannelExperts) else None
     return LayerStructure(name=layer.name, origin=origin, packed=_is_packed(layer))
+
+
+def _check_rebuildable(layer: MoeLayer) -> None:
+    if _origin(layer.base_experts).replaced:
+        raise ValueError(
+            f"'{layer.name}' has novices, which cannot be made again from its source. Save the model with "
+            "`save_ragged`, and train the one that is loaded from there."
+        )
 
 
 def _origin(experts: nn.Module) -> Origin:
