@@ -38,7 +38,8 @@ class ChannelPruning(Pruning):
             5, prune_ratio: 0.5}`. Steps are Lightning's global_step; with several optimizers under manual
             optimization each optimizer.step() counts.
         plan_file: A saved PrunePlan.
-        method: `exact_global` (ours), `paper_a`, `uniform` or `reap`.
+        method: `exact_global`, `channel_coverage` (ours), `paper_a`, `tb_coverage` (paper B), `uniform`, `wanda`,
+            `reap`, or another preset of `lightning_moe.allocation.PRESETS`.
         method_args: Settings of the method, for example `{align: 64}`.
         repair: Refit the down projections by least squares (a second calibration pass). One-shot only.
         repair_memory_gb: Memory for the Gram matrices of the repair; more passes where it does not suffice.

@@ -12,7 +12,7 @@ from callbacks._trainer import find_callback, language_model
 from callbacks.calibration import ExpertCalibration
 from lightning_moe.allocation import build_method
 from lightning_moe.allocation.budget import resolve_prune_ratio
-from lightning_moe.allocation.methods import ExpertDropping
+from lightning_moe.allocation.methods import ExpertMethod
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.cut import apply_plan
 from lightning_moe.surgery.feasibility import remaining_ratio
@@ -36,7 +36,8 @@ class ExpertPruning(Pruning):
         schedule: `[[step, prune_ratio], ...]`, ascending, or a curve: `{shape: cubic, begin: 100, end: 1000, num_cuts:
             5, prune_ratio: 0.5}`. Steps are Lightning's global_step; with several optimizers under manual
             optimization each optimizer.step() counts.
-        method: `reap` (`expert_dropping` is the same): a method that cuts whole experts.
+        method: One that cuts whole experts: `reap`, `tb_coverage` (paper B), `expert_sparsity`, `random`, `frequency`,
+            `router_weight`, `router_probability`, `man`, `msan`, `mone`, `aimer`, or `expert_dropping`.
         method_args: Settings of the method, for example `{criterion: ablation}`.
         save_plan: Where the plan is written (of a schedule, the last one).
     """
@@ -54,7 +55,7 @@ class ExpertPruning(Pruning):
         ratios = {"prune_ratio": prune_ratio, "keep_ratio": keep_ratio}
         one_given(ratios | {"schedule": schedule})
         built = build_method(method, **(method_args or {}))
-        if not isinstance(built, ExpertDropping):
+        if not isinstance(built, ExpertMethod):
             raise ValueError(f"ExpertPruning needs a method that drops whole experts, such as 'reap', got '{method}'.")
         super().__init__(
             prune_ratio=resolve_prune_ratio(**ratios) if schedule is None else None,

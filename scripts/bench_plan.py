@@ -1,10 +1,9 @@
 """Allocation at Qwen3-30B-A3B's size: seconds, memory, and whether the budget is met exactly.
 
 48 layers of 128 experts of 768 channels (hidden size 2048), random statistics: log-normal numbers, experts of very
-different use, all sums that a calibration can keep, the [E, H] and [E, E] ones included. Every method of
-`lightning_moe.allocation` plans half of the channels away, in a fresh process of its own that reads the statistics
-from their file, as the command `plan` does. The budget is asserted: to the block for methods with blocks, to the
-channel with blocks of one.
+different use, all sums that a calibration can keep, the [E, H] and [E, E] ones included. One preset of every kind of
+method plans half of the channels away, in a fresh process of its own that reads the statistics from their file, as the
+command `plan` does. The budget is asserted: to the block for methods with blocks, to the channel with blocks of one.
 
 `plan_seconds` is the slowest method's median of `.plan(...)` (statistics just opened, their digest for the plan's
 provenance included), `plan_peak_gb` the largest peak of a process, interpreter and libraries included. The JSON also
@@ -24,17 +23,29 @@ from bench_load import in_child, measure_reload, peak_rss
 from benchmarking import Settings, parse_settings, peak_bytes, report
 from torch import Tensor
 
-from lightning_moe.allocation import PRESETS, build_method
+from lightning_moe.allocation import ExpertMethod, build_method
 from lightning_moe.allocation.budget import channel_budget, resolve_align
 from lightning_moe.records import STATISTICS, CalibrationStatistics, LayerShape, ModelShape, PrunePlan
-from lightning_moe.records.statistics import WEIGHT_NORMS
+from lightning_moe.records.statistics import WEIGHT_ABS_SUMS, WEIGHT_NORMS
 
 NUM_LAYERS, NUM_EXPERTS, WIDTH, HIDDEN, TOP_K, TOKENS = 48, 128, 768, 2048, 8, 2**18
 PRUNE_RATIO, UNEVEN_RATIO = 0.5, 0.37
 # Spread of the logarithms: of how often experts are used, and of everything else.
 _USE_SPREAD, _SPREAD = 1.2, 1.0
-# `expert_dropping` is another name of `reap`.
-METHODS = tuple(name for name in PRESETS if name != "expert_dropping")
+# Presets that share a class differ in the formula of a score.
+METHODS = (
+    "exact_global",
+    "channel_coverage",
+    "paper_a",
+    "tb_coverage",
+    "reap",
+    "mone",
+    "expert_sparsity",
+    "uniform",
+    "wanda",
+    "snip",
+    "loss_proportional",
+)
 _GB = 1e9
 
 
@@ -50,7 +61,10 @@ def shape_30b() -> ModelShape:
 def random_statistics(shape: ModelShape, *, corpora: Sequence[str]) -> CalibrationStatistics:
     """Log-normal sums, larger for experts that are used more."""
     made = {corpus: tuple(_random_layer(layer) for layer in shape.layers) for corpus in corpora}
-    weights = tuple({name: _log_normal((layer.num_channels,)) for name in WEIGHT_NORMS} for layer in shape.layers)
+    weights = tuple(
+        {name: _log_normal((layer.num_channels,)) for name in (*WEIGHT_NORMS, *WEIGHT_ABS_SUMS)}
+        for layer in shape.layers
+    )
     return CalibrationStatistics(shape=shape, corpora=made, weights=weights)
 
 
@@ -123,7 +137,7 @@ def check_budget(plan: PrunePlan, *, name: str) -> None:
     expected = channel_budget(plan.shape, prune_ratio=PRUNE_RATIO) // align * align
     if name == "uniform":
         assert set(widths) == {round((1 - PRUNE_RATIO) * WIDTH / align) * align}, name
-    elif name == "reap":
+    elif isinstance(build_method(name), ExpertMethod):
         assert set(widths) == {0, WIDTH}, name
         expected = NUM_LAYERS * round((1 - PRUNE_RATIO) * NUM_EXPERTS) * WIDTH
     assert all(width % align == 0 for width in widths), name
@@ -132,8 +146,8 @@ def check_budget(plan: PrunePlan, *, name: str) -> None:
 
 def check_fine_budget(opened: CalibrationStatistics, *, name: str) -> None:
     """With blocks of one channel, an uneven ratio is met to the channel."""
-    settings = {"exact_global": {"align": 1}, "paper_a": {"align": 1, "min_width": 1}}.get(name)
-    if settings is not None:
+    if name in ("exact_global", "paper_a", "wanda", "snip", "loss_proportional"):
+        settings = {"align": 1} | ({"min_width": 1} if name == "paper_a" else {})
         plan = build_method(name, **settings).plan(opened, prune_ratio=UNEVEN_RATIO)
         assert plan.num_kept == channel_budget(opened.shape, prune_ratio=UNEVEN_RATIO), (name, plan.num_kept)
 

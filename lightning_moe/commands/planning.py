@@ -59,6 +59,10 @@ def plan(
         method_args: Settings of the method, for example `{align: 64}`.
         corpora: Corpora that count; all of the file if not given.
     """
+    if all(value is None for value in (prune_ratio, keep_ratio, budget, stored_params, active)):
+        raise ValueError(
+            "Say how much to cut: one of `prune_ratio`, `keep_ratio`, `budget`, `stored_params`, `active`."
+        )
     wanted = Budget(
         prune_ratio=prune_ratio,
         keep_ratio=keep_ratio,
