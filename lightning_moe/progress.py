@@ -1,9 +1,11 @@
 """Progress bars only where somebody watches: in a log file every update would be a line."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 
@@ -23,3 +25,28 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Without the bars of `datasets`, one for each conversion of a moment."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Only warnings of these loggers inside the block: where many models are cut, a table for each tells nothing."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -24,9 +24,9 @@ def resolve_device(device: Device) -> str:
     return device
 
 
-def load_on(model: str, *, dtype: DtypeName, device: Device) -> PreTrainedModel:
+def load_on(model: str, *, dtype: DtypeName, device: Device, any_family: bool = False) -> PreTrainedModel:
     """The model on a device."""
-    loaded = load_model(model, dtype=dtype)
+    loaded = load_model(model, dtype=dtype, any_family=any_family)
     return loaded.to(resolve_device(device))  # pyright: ignore[reportArgumentType]: `to` is wrapped without its types
 
 

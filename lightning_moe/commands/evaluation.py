@@ -1,11 +1,18 @@
 """The command `evaluate`."""
 
 import logging
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lightning_moe.assets import resolve_asset
-from lightning_moe.commands._shared import Device, held_out, resolve_device
-from lightning_moe.evaluation.stages import evaluate_stage, save_stage
+from lightning_moe.commands._shared import Device, Loaders, held_out, load_on, resolve_device, tokenizer_beside
+from lightning_moe.evaluation.agreement import DenseReference
+from lightning_moe.evaluation.stages import Stage, evaluate_stage, save_stage
+from lightning_moe.evaluation.tasks import evaluate_tasks, plan_tasks, tasks_table
+from lightning_moe.evaluation.windows import SlidingWindows
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.training.data import TextDataModule
 
@@ -20,32 +27,85 @@ def evaluate(
     adapter: str | None = None,
     name: str = "evaluated",
     prune_ratio: float | None = None,
+    stride: int | None = None,
+    reference: str | None = None,
+    tasks: list[str] | str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    allow_code_execution: bool = False,
     dtype: DtypeName = "float32",
     device: Device = "auto",
 ) -> None:
-    """Loss and perplexity per validation corpus, bytes on disk, stored and active parameters of a folder.
+    """Loss per validation corpus, bytes on disk, stored and active parameters of a folder, and zero-shot tasks.
 
     Args:
-        model: Folder, `asset:small_moe` or hub name: dense, ragged or packed.
+        model: Folder, `asset:small_moe` or hub name: dense, ragged or packed; a model without experts too.
         out: Folder of results; the row goes to `<out>/stages/<name>.json`.
         data: The data module; its `validation` corpora are used.
         adapter: Folder of a PEFT adapter to load on top.
         name: Name of the row.
         prune_ratio: The ratio the row states; as counted in the folder if not given.
+        stride: Slide a window of `data.validation_sequence_length` tokens over each corpus by so many tokens, and
+            predict every token once, from at least the rest of the window; null: windows that do not overlap.
+        reference: The dense model, for KL and top-1 agreement with it on the same text.
+        tasks: Tasks of lm_eval, or presets: `paper_b_six`, `paper_a_general`, `math`, `code`. A list, or names with
+            commas.
+        limit: Items of each task, drawn by `seed`; null: all.
+        seed: Seed of the items and of few-shot examples.
+        allow_code_execution: Tasks may run Python programs that the model wrote, with your rights.
         dtype: Type of the unpacked weights.
         device: Where it runs; `auto` is the GPU if there is one.
     """
+    scoring: Any = None
+    if tasks is not None:
+        settings: Any = {"tasks": tasks.split(",") if isinstance(tasks, str) else tasks}
+        settings["allow_code_execution"] = allow_code_execution
+        plan_tasks(**settings)
+        tokenizer = tokenizer_beside(model) or data.tokenizer
+        scoring = partial(evaluate_tasks, tokenizer=tokenizer, limit=limit, seed=seed, **settings)
+    loaders = held_out(data) if stride is None else sliding(data, stride=stride)
+    dense = None
+    if reference is not None:
+        dense = DenseReference.measure(load_on(reference, dtype=dtype, device=device, any_family=True), loaders=loaders)
     row = evaluate_stage(
         name,
         folder=resolve_asset(model),
         adapter=adapter,
-        loaders=held_out(data),
+        loaders=loaders,
         prune_ratio=prune_ratio,
         seconds=0.0,
         dtype=dtype,
         device=resolve_device(device),
+        reference=dense,
+        tasks=scoring,
     )
     save_stage(out, stage=row)
+    _log_row(row, file=Path(out) / "stages" / f"{name}.json")
+
+
+def _log_row(row: Stage, *, file: Path) -> None:
     log.info("%s", "\n".join(f"{corpus}: {nll:.4f} nats" for corpus, nll in row["nll_per_corpus"].items()))
-    file = Path(out) / "stages" / f"{name}.json"
-    log.info("%s: %.4f nats per token, written to %s.", name, row["nll"], file)
+    if "kl" in row:
+        log.info("KL from the dense model: %.4f nats, same top token: %.2f %%", row["kl"], 100 * row["top1_agreement"])
+    if "tasks" in row:
+        log.info("%s", tasks_table(row["tasks"]))
+    log.info("%s: %.4f nats per token, written to %s.", row["name"], row["nll"], file)
+
+
+def sliding(data: TextDataModule, *, stride: int) -> Loaders:
+    """Windows over the validation corpora's whole text.
+
+    Raises:
+        ValueError: a corpus of examples, which have no running text; or the stride is refused.
+    """
+    loaders: dict[str, SlidingWindows] = {}
+    for name, rows in data.rows("validation").items():
+        if rows.learn_NS is not None:
+            raise ValueError(
+                f"`stride` slides over running text, and the corpus '{name}' holds examples with prompts. Leave "
+                "`stride` out, or give text."
+            )
+        context = data.sequence_lengths["validation"]
+        text_T = rows.input_ids_NS[torch.arange(context) < rows.length_N[:, None]]
+        loaders[name] = SlidingWindows(text_T, context=context, stride=stride, batch_size=data.validation_batch_size)
+    return loaders

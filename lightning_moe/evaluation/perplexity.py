@@ -6,7 +6,7 @@ B sequences, S positions, V vocabulary, T tokens, K experts per token, E experts
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lightning_moe.calibration.observer import evaluating
+from lightning_moe.evaluation.agreement import DenseReference
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
+from lightning_moe.models.families import is_moe
 from lightning_moe.progress import hidden
 
 _ALONE: dict[str, Any] = {"sync_on_compute": False}
@@ -30,17 +32,35 @@ class Evaluation:
         nll_per_corpus: mean next-token loss of each corpus, in nats.
         num_tokens: predicted tokens of all corpora.
         usage: name of each experts module -> share of tokens (padding left out) routed to each expert `[E]`, summing
-            to top-k.
+            to top-k; empty for a model without experts.
+        kl_per_corpus: mean KL(dense || model) of the next token, in nats; empty without a reference.
+        agreement_per_corpus: share of tokens for which the dense model's likeliest next token is this model's too.
     """
 
     nll_per_corpus: Mapping[str, float]
     num_tokens: int
     usage: Mapping[str, Tensor]
+    kl_per_corpus: Mapping[str, float] = field(default_factory=dict)
+    agreement_per_corpus: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nll(self) -> float:
         """Mean over corpora, each with the same weight."""
-        return sum(self.nll_per_corpus.values()) / len(self.nll_per_corpus)
+        return _mean(self.nll_per_corpus)
+
+    @property
+    def kl(self) -> float | None:
+        """Mean over corpora; None without a reference."""
+        return _mean(self.kl_per_corpus) if self.kl_per_corpus else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Mean over corpora; None without a reference."""
+        return _mean(self.agreement_per_corpus) if self.agreement_per_corpus else None
+
+
+def _mean(per_corpus: Mapping[str, float]) -> float:
+    return sum(per_corpus.values()) / len(per_corpus)
 
 
 def update_perplexity(metric: Perplexity, logits_BSV: Tensor, labels_BS: Tensor) -> None:
@@ -50,31 +70,49 @@ def update_perplexity(metric: Perplexity, logits_BSV: Tensor, labels_BS: Tensor)
 
 @torch.no_grad()
 def evaluate_model(
-    model: PreTrainedModel, *, loaders: Mapping[str, Iterable[Mapping[str, Tensor]]], progress: bool = True
+    model: PreTrainedModel,
+    *,
+    loaders: Mapping[str, Iterable[Mapping[str, Tensor]]],
+    reference: DenseReference | None = None,
+    progress: bool = True,
 ) -> Evaluation:
     """Evaluates a model on one loader per corpus; batches hold `input_ids`, `attention_mask`, `labels`, `[B, S]`.
 
     Raises:
-        ValueError: no corpora, a corpus without a predicted token, or a loss that is not finite.
+        ValueError: no corpora, a corpus without a predicted token, a loss that is not finite, or a reference that was
+            measured on other batches.
     """
     if not loaders:
         raise ValueError("There is no corpus to evaluate on: give the data module at least one validation corpus.")
     device = next(model.parameters()).device
     nll: dict[str, float] = {}
+    compared: dict[str, tuple[float, float]] = {}
     num_tokens = 0
     usage = _Usage(model)
     with evaluating(model), usage.counting():
         for name, loader in loaders.items():
             # Of this process alone: the report of a distributed run is made by its first rank.
             metric = Perplexity(ignore_index=-100, **_ALONE).to(device)
+            agreement = None if reference is None else reference.against(name)
             for batch in tqdm(loader, desc=f"evaluate {name}", leave=False, disable=hidden(progress=progress)):
                 inputs = {key: value.to(device) for key, value in batch.items()}
                 labels_BS = inputs.pop("labels")
                 usage.counted_T = inputs["attention_mask"].reshape(-1) != 0
-                update_perplexity(metric, model(**inputs, use_cache=False).logits, labels_BS)
+                logits_BSV = model(**inputs, use_cache=False).logits
+                update_perplexity(metric, logits_BSV, labels_BS)
+                if agreement is not None:
+                    agreement.update(logits_BSV, labels_BS)
                 num_tokens += int((labels_BS[:, 1:] != -100).sum())
             nll[name] = _finite_nll(metric, corpus=name)
-    return Evaluation(nll_per_corpus=nll, num_tokens=num_tokens, usage=usage.shares())
+            if agreement is not None:
+                compared[name] = agreement.compute()
+    return Evaluation(
+        nll_per_corpus=nll,
+        num_tokens=num_tokens,
+        usage=usage.shares(),
+        kl_per_corpus={name: kl for name, (kl, _) in compared.items()},
+        agreement_per_corpus={name: share for name, (_, share) in compared.items()},
+    )
 
 
 def _finite_nll(metric: Perplexity, *, corpus: str) -> float:
@@ -90,7 +128,7 @@ class _Usage:
     """Counts the tokens routed to each expert; `counted_T` says which tokens of the running batch are no padding."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.layers = moe_layers(model)
+        self.layers = moe_layers(model) if is_moe(model.config) else []
         self.counted_T = torch.empty(0, dtype=torch.bool)
         self.num_tokens: dict[str, int] = {}
         self.counts: dict[str, Tensor] = {}
