@@ -12,6 +12,7 @@ from callbacks._trainer import find_callback, find_optional
 from callbacks.calibration import ExpertCalibration
 from callbacks.channel_pruning import prunings
 from callbacks.export import ExportPruned
+from callbacks.router_monitor import RouterMonitor
 from lightning_moe.evaluation.stages import check_stage_name, evaluate_stage, save_stage
 from lightning_moe.files import write_json
 from lightning_moe.reporting.report import write_report
@@ -78,12 +79,22 @@ class CompressionReport(Callback):
         return max((pruning.requested_ratio for pruning in prunings(trainer)), default=None)
 
     def _write_page(self, trainer: Trainer) -> None:
-        """The page of the last plan and of the statistics it was made from; none where there is neither."""
+        """The page of the last plan, of the statistics it was made from and of the routers; none without any of it."""
         calibration = find_optional(trainer, ExpertCalibration)
         statistics = None if calibration is None else calibration.statistics
         made = [plan for pruning in prunings(trainer) for plan in pruning.plans]
         fitting = [plan for plan in made if statistics is None or plan.shape == statistics.shape]
         plans = {self.name: fitting[-1]} if fitting else {}
-        if plans or statistics is not None:
+        routing = _routing(trainer)
+        if plans or statistics is not None or routing:
             folder = self.folder / self.name
-            write_report(folder, title=self.name, summary=None, plans=plans, statistics=statistics)
+            write_report(folder, title=self.name, plans=plans, statistics=statistics, routing=routing)
+
+
+def _routing(trainer: Trainer) -> dict[str, dict[str, list[float]]] | None:
+    """Router entropies before and after training, where a RouterMonitor took them."""
+    monitor = find_optional(trainer, RouterMonitor)
+    if monitor is None or monitor.before is None or monitor.after is None:
+        return None
+    tables = {"before": monitor.before, "after": monitor.after}
+    return {f"{when} (step {table.step})": table.entropies() for when, table in tables.items()}

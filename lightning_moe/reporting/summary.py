@@ -1,9 +1,10 @@
 """What `summary.json` of a run says, checked once and typed, for tables and figures."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
+
+from lightning_moe.reporting.checks import check_count, check_known, check_mapping, check_number, check_rows
 
 UNPRUNED, OURS, OURS_NF4, RECOVERED = "unpruned", "ours, 16 bit", "ours, NF4", "ours, NF4, recovered"
 CONTROL, PAPER_A, BASELINES = "control", "paper A", "other baselines"
@@ -98,7 +99,7 @@ class Summary:
         Raises:
             ValueError: something is missing or is no number; the message names the place.
         """
-        whole = _mapping(content, where="The summary")
+        whole = check_mapping(content, where="The summary")
         if whole.get("dense") is None:
             raise ValueError(
                 "The report compares with a row named `dense`, and there is none: run `evaluate --name dense` on the "
@@ -107,7 +108,7 @@ class Summary:
         named = {key: value for key, value in whole.items() if isinstance(value, Mapping) and "nll" in value}
         control = {"control": named.pop("control")} if "control" in named else {}
         named.pop("dense", None)
-        stages = [_stage(row, index=index) for index, row in enumerate(_rows(whole, key="stages"))]
+        stages = [_stage(row, index=index) for index, row in enumerate(check_rows(whole, key="stages"))]
         others = [
             *(_result(row, name=name, group=UNPRUNED) for name, row in named.items()),
             *stages,
@@ -116,11 +117,11 @@ class Summary:
         summary = cls(
             dense=_result(whole["dense"], name="dense", group=UNPRUNED),
             others=tuple(others),
-            exports=tuple(_export(row, index=index) for index, row in enumerate(_rows(whole, key="exports"))),
+            exports=tuple(_export(row, index=index) for index, row in enumerate(check_rows(whole, key="exports"))),
             gap_closed=_gap_closed(whole),
             versions={
                 str(key): str(value)
-                for key, value in _mapping(whole.get("versions", {}), where="'versions' of the summary").items()
+                for key, value in check_mapping(whole.get("versions", {}), where="'versions' of the summary").items()
             },
         )
         summary._check_names()
@@ -133,68 +134,33 @@ class Summary:
             raise ValueError(f"Every result of a summary needs its own name, got {twice} more than once.")
 
 
-def _mapping(value: object, *, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must be a mapping, got {type(value).__name__}.")
-    return value
-
-
-def _rows(whole: Mapping[str, Any], *, key: str) -> list[Any]:
-    rows = whole.get(key, [])
-    if not isinstance(rows, list | tuple):
-        raise ValueError(f"'{key}' of the summary must be a list, got {type(rows).__name__}.")
-    return list(rows)
-
-
-def _number(row: Mapping[str, Any], *, key: str, where: str) -> float:
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"'{key}' of {where} must be a number, got {value!r}.")
-    return value
-
-
-def _known(row: Mapping[str, Any], *, key: str, where: str) -> float | None:
-    """A finite number >= 0, or nothing where the run did not measure it."""
-    if row.get(key) is None:
-        return None
-    value = _number(row, key=key, where=where)
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"'{key}' of {where} must be finite and >= 0, got {value}.")
-    return value
-
-
-def _count(row: Mapping[str, Any], *, key: str, where: str) -> int | None:
-    value = _known(row, key=key, where=where)
-    return None if value is None else round(value)
-
-
 def _result(content: object, *, name: str, group: str) -> Result:
     where = f"'{name}'"
-    row = _mapping(content, where=where)
+    row = check_mapping(content, where=where)
     corpora_where = f"'nll_per_corpus' of {where}"
-    corpora = _mapping(row.get("nll_per_corpus", {}), where=corpora_where)
-    prune_ratio = _known(row, key="prune_ratio", where=where) or 0.0
+    corpora = check_mapping(row.get("nll_per_corpus", {}), where=corpora_where)
+    prune_ratio = check_known(row, key="prune_ratio", where=where) or 0.0
     if prune_ratio >= 1:
         raise ValueError(f"'prune_ratio' of {where} must be in [0, 1), got {prune_ratio}.")
     return Result(
         name=name,
         group=group,
         prune_ratio=prune_ratio,
-        nll=_number(row, key="nll", where=where),
-        nll_per_corpus={str(corpus): _number(corpora, key=corpus, where=corpora_where) for corpus in corpora},
-        bytes=_count(row, key="bytes", where=where),
-        stored_params=_count(row, key="stored_params", where=where),
-        active_params=_count(row, key="active_params", where=where),
-        seconds=_known(row, key="seconds", where=where),
+        nll=check_number(row, key="nll", where=where),
+        nll_per_corpus={str(corpus): check_number(corpora, key=corpus, where=corpora_where) for corpus in corpora},
+        bytes=check_count(row, key="bytes", where=where),
+        stored_params=check_count(row, key="stored_params", where=where),
+        active_params=check_count(row, key="active_params", where=where),
+        seconds=check_known(row, key="seconds", where=where),
     )
 
 
 def _stage(content: object, *, index: int) -> Result:
-    row = _mapping(content, where=f"Stage {index}")
+    row = check_mapping(content, where=f"Stage {index}")
     name = row.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"Stage {index} of the summary needs a 'name', got {name!r}.")
-    _number(row, key="prune_ratio", where=f"'{name}'")
+    check_number(row, key="prune_ratio", where=f"'{name}'")
     return _result(row, name=name, group=_group(name))
 
 
@@ -205,17 +171,17 @@ def _group(name: str) -> str:
 
 def _export(content: object, *, index: int) -> Export:
     where = f"export {index}"
-    row = _mapping(content, where=where.capitalize())
+    row = check_mapping(content, where=where.capitalize())
     return Export(
         path=str(row.get("path", "-")),
         format=str(row.get("format", "-")),
-        bytes=_count(row, key="bytes", where=where),
-        max_logit_diff=_known(row, key="max_logit_diff", where=where),
+        bytes=check_count(row, key="bytes", where=where),
+        max_logit_diff=check_known(row, key="max_logit_diff", where=where),
     )
 
 
 def _gap_closed(whole: Mapping[str, Any]) -> dict[str, float]:
-    recovery = _mapping(whole.get("recovery", {}), where="'recovery' of the summary")
+    recovery = check_mapping(whole.get("recovery", {}), where="'recovery' of the summary")
     closed = recovery.get("gap_closed_percent", {})
     by_stage = closed if isinstance(closed, Mapping) else {"recovery": closed}
-    return {str(stage): _number(by_stage, key=stage, where="'gap_closed_percent'") for stage in by_stage}
+    return {str(stage): check_number(by_stage, key=stage, where="'gap_closed_percent'") for stage in by_stage}

@@ -80,7 +80,8 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[Colu
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
-def _megabytes(num_bytes: int) -> str:
+def megabytes(num_bytes: float) -> str:
+    """Million bytes, two decimals."""
     return f"{num_bytes / _BYTES_PER_MB:.2f}"
 
 
@@ -90,7 +91,7 @@ RESULT_COLUMNS = (
     Column(key="keep_ratio", header="keep ratio", text="{:.2f}".format),
     Column(key="nll", header="NLL (nats/token)", text="{:.4f}".format),
     Column(key="loss", header="loss above dense", text="{:+.4f}".format),
-    Column(key="bytes", header="MB", text=_megabytes),
+    Column(key="bytes", header="MB", text=megabytes),
     Column(key="smaller", header="x smaller", text="{:.2f}".format),
     Column(key="stored_params", header="stored params", text="{:,}".format),
     Column(key="active_params", header="active params", text="{:,}".format),
@@ -99,7 +100,7 @@ RESULT_COLUMNS = (
 EXPORT_COLUMNS = (
     Column(key="path", header="export", left=True),
     Column(key="format", header="format", left=True),
-    Column(key="bytes", header="MB", text=_megabytes),
+    Column(key="bytes", header="MB", text=megabytes),
     Column(key="smaller", header="x smaller", text="{:.2f}".format),
     Column(key="max_logit_diff", header="max logit diff", text="{:.3g}".format),
 )

@@ -52,13 +52,32 @@ def _layer_in_words(plan: PrunePlan, *, index: int, label: str) -> str:
     return f"Layer {label} keeps {100 * share:.0f} %, {fate}."
 
 
-def headlines(summary: Summary) -> tuple[str, ...]:
-    """The figures that a reader wants first, one sentence each; what was not measured is not said."""
+def plan_in_short(plan: PrunePlan, *, name: str) -> str:
+    """One sentence about what a plan keeps."""
+    kept = [float(keep_C.double().mean()) for keep_C in plan.keep]
+    lost = sum(len(plan.evicted(index)) for index in range(len(kept)))
+    experts = sum(layer.num_experts for layer in plan.shape.layers)
+    labels = layer_labels(plan.shape)
+    least, most = (labels[kept.index(share)] for share in (min(kept), max(kept)))
     return (
-        _dense_sentence(summary),
+        f"{name} keeps {100 * plan.num_kept / plan.shape.num_channels:.1f} % of the routed experts' channels: from "
+        f"{100 * min(kept):.0f} % (layer {least}) to {100 * max(kept):.0f} % (layer {most}); {lost} of {experts} "
+        "experts are gone as a whole."
+    )
+
+
+def headlines(summary: Summary, *, beside_comparison: bool = False) -> tuple[str, ...]:
+    """The figures that a reader wants first, one sentence each; what was not measured is not said.
+
+    Args:
+        summary: The results.
+        beside_comparison: A comparison's own sentences say already what dense is and what is smallest.
+    """
+    return (
+        *([] if beside_comparison else [_dense_sentence(summary)]),
         *_duel_sentences(summary),
         *_recovery_sentences(summary),
-        *_smallest_sentence(summary),
+        *([] if beside_comparison else _smallest_sentence(summary)),
         *_export_sentence(summary),
     )
 
