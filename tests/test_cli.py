@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM
 
 import callbacks
 from lightning_moe import cli
+from lightning_moe.allocation import TBCoverage, build_method
 from lightning_moe.evaluation.stages import load_stages
 from lightning_moe.files import read_json
 from lightning_moe.records import PrunePlan
 
 HUB = re.compile(r"paper_a_|qwen3_30b")
+PAPER_B = re.compile(r"paper_b_")
 COMMAND_OF = {"quickstart_calibrate": "calibrate", "quickstart_compare": "compare", "quickstart_teach": "teach"}
+COMMAND_OF |= {f"compare_{name}": "compare" for name in ("quick", "small", "smollm2", "matrix")}
 BELOW = {
     "recover_small": "quickstart.yaml",
     "early_stopping": "quickstart.yaml",
@@ -47,6 +50,8 @@ def stacked(path):
     """The `--config` arguments that the header of a config asks for, itself the last."""
     if path.parent.name == "data":
         below = ["quickstart.yaml"]
+    elif PAPER_B.search(path.name):
+        below = ["paper_b.yaml"]
     elif HUB.search(path.name):
         below = ["paper_a.yaml", "data/c4.yaml", "data/alpaca.yaml"]
     else:
@@ -58,12 +63,12 @@ def stacked(path):
 def test_every_config_parses_as_its_header_says(path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    command = COMMAND_OF.get(path.stem, "fit")
+    command = "validate" if path.stem.startswith("paper_b") else COMMAND_OF.get(path.stem, "fit")
     assert f"python -m lightning_moe {command}" in header or path.parent.name == "data"
-    if command != "fit":
-        assert cli.command_parser(command).parse_args(stacked(path)).model == "asset:small_moe"
+    if command not in ("fit", "validate"):
+        assert cli.command_parser(command).parse_args(stacked(path)).model == yaml.safe_load(path.read_text())["model"]
         return
-    config = parse(monkeypatch, *stacked(path))
+    config = parse(monkeypatch, *stacked(path), command=command)
     written = yaml.safe_load(path.read_text())
     # What the overlay says is what comes out; what it does not say stays as it was below.
     for group in set(written) & set(cli.CALLBACK_GROUPS):
@@ -85,6 +90,19 @@ def test_paper_a_overlays_keep_the_method_below(monkeypatch):
     ours = parse(monkeypatch, *stacked(CONFIGS / "qwen3_30b_24gb.yaml"))
     assert (ours.pruning.init_args.method, ours.pruning.init_args.method_args) == ("exact_global", {"align": 64})
     assert ours.model.init_args.optimizer == "paged_adamw8bit"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("paper_b_*.yaml")), ids=lambda path: path.stem)
+def test_paper_b_overlays_cover_wikitext_and_c4(path, monkeypatch):
+    config = parse(monkeypatch, *stacked(path), command="validate")
+    given = config.expert_pruning.init_args
+    assert (given.method, given.prune_ratio, config.pruning) == ("tb_coverage", None, None)
+    assert given.keep_ratio == int(path.stem[-2:]) / 100
+    assert build_method(given.method, **given.method_args) == TBCoverage()
+    assert list(config.data.calibration) == ["wikitext2", "c4"]
+    assert list(config.data.validation) == ["wikitext2", "c4"]
+    assert config.data.tokenizer == config.model.init_args.source
+    assert config.model.init_args.source in ("Qwen/Qwen1.5-MoE-A2.7B", "deepseek-ai/deepseek-moe-16b-base")
 
 
 def test_data_configs_parse_for_calibrate_too():

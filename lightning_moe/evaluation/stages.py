@@ -1,14 +1,16 @@
 """One row of a comparison: a folder on disk, reloaded and evaluated."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightning_moe.adapters.storage import load_adapter
+from lightning_moe.evaluation.agreement import DenseReference
 from lightning_moe.evaluation.perplexity import evaluate_model
 from lightning_moe.files import read_json, write_json
 from lightning_moe.models.loading import DtypeName, load_model
@@ -50,18 +52,22 @@ def evaluate_stage(
     adapter: str | Path | None = None,
     dtype: DtypeName = "float32",
     device: torch.device | str = "cpu",
+    reference: DenseReference | None = None,
+    tasks: Callable[[PreTrainedModel], Mapping[str, Any]] | None = None,
 ) -> Stage:
     """Loads a folder (and its adapter), evaluates it, and measures what it takes.
 
     Args:
         name: name of the row.
-        folder: a model.
+        folder: a model; one without experts too, with all of its parameters active.
         loaders: one loader of batches per held-out corpus.
         seconds: what making the folder took.
         prune_ratio: the share of routed-expert channels removed; None: as counted in the folder.
         adapter: a PEFT adapter of that model, if any.
         dtype: type of the unpacked weights during evaluation.
         device: where it is evaluated.
+        reference: the dense model on the same loaders, for `kl` (nats per token) and `top1_agreement` in the row.
+        tasks: gives the model's scores on zero-shot tasks, for `tasks` in the row.
 
     Returns:
         Plain types; nll in nats per token, bytes on disk (None for a hub name), active_params as measured on the text.
@@ -70,14 +76,16 @@ def evaluate_stage(
         ValueError: the name is no plain file name, or folder, adapter or text are refused.
     """
     started, name = time.perf_counter(), check_stage_name(name)
-    model = load_model(str(folder), dtype=dtype)
+    model = load_model(str(folder), dtype=dtype, any_family=True)
     parts = [model_bytes(path) for path in (folder, adapter) if path is not None]
     if adapter is not None:
         load_adapter(model, folder=adapter)
     model.to(device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its types
-    result = evaluate_model(model, loaders=loaders)
+    result = evaluate_model(model, loaders=loaders, reference=reference)
     footprint = measure_footprint(model, usage=result.usage)
     prune_ratio = missing_channels(model) if prune_ratio is None else prune_ratio
+    scores: Stage = {} if reference is None else {"kl": result.kl, "top1_agreement": result.agreement}
+    scores |= {} if tasks is None else {"tasks": dict(tasks(model))}
     return {
         "name": name,
         "prune_ratio": prune_ratio,
@@ -89,7 +97,7 @@ def evaluate_stage(
         "active_params": round(footprint.active_params),
         "seconds": round(seconds, 2),
         "seconds_evaluation": round(time.perf_counter() - started, 2),
-    }
+    } | scores
 
 
 def save_stage(folder: str | Path, *, stage: Stage) -> None:
@@ -106,10 +114,17 @@ def load_stages(folder: str | Path) -> dict[str, Stage]:
     files = [file for file in sorted(Path(folder).glob("stages/*.json")) if not file.name.endswith(".exports.json")]
     if not files:
         raise ValueError(f"There are no rows of results below '{folder}/stages': run `compare` or `fit` first.")
-    rows: dict[str, Stage] = {}
-    for file in files:
-        row = read_json(file, what="row of results")
-        if not isinstance(row, dict) or not {"name", "nll", "prune_ratio"} <= row.keys():
-            raise ValueError(f"'{file}' is not a row of results: it needs `name`, `nll` and `prune_ratio`. Delete it.")
-        rows[row["name"]] = row
-    return rows
+    rows = [load_row(file) for file in files]
+    return {row["name"]: row for row in rows}
+
+
+def load_row(file: Path) -> Stage:
+    """One row.
+
+    Raises:
+        ValueError: the file is not a row.
+    """
+    row = read_json(file, what="row of results")
+    if not isinstance(row, dict) or not {"name", "nll", "prune_ratio"} <= row.keys():
+        raise ValueError(f"'{file}' is not a row of results: it needs `name`, `nll` and `prune_ratio`. Delete it.")
+    return row

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
@@ -75,6 +75,11 @@ def check_corpus(corpus: Corpus, *, name: str) -> None:
         raise ValueError(f"Corpus {name!r}: `max_tokens` must be at least 1 or null for all, got {corpus.max_tokens}.")
     if _is_local(corpus.source):
         _local_files(corpus.source, name=name)
+
+
+def shuffled(corpus: Corpus, *, sample: int | None) -> Corpus:
+    """Sample s of a corpus: records in the order of its `shuffle_seed` (0 if it has none) plus s; None: as it is."""
+    return corpus if sample is None else replace(corpus, shuffle_seed=(corpus.shuffle_seed or 0) + sample)
 
 
 def read_records(corpus: Corpus, *, name: str) -> Iterator[Record]:

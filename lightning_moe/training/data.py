@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_moe.calibration.processes import Processes
-from lightning_moe.training.corpora import Corpus, check_corpus
+from lightning_moe.training.corpora import Corpus, check_corpus, shuffled
 from lightning_moe.training.loading import Batch, EpochShuffle, EvenShare, ReadingPosition, ResumableLoader
 from lightning_moe.training.packing import Rows
 from lightning_moe.training.teacher_logits import TeacherLogits
@@ -96,7 +96,7 @@ class TextDataModule(LightningDataModule):
         self.drop_last = drop_last
         self._position = ReadingPosition()
         self._restored: dict[str, int] | None = None
-        self._rows: dict[Role, dict[str, Rows]] = {}
+        self._rows: dict[tuple[Role, int | None], dict[str, Rows]] = {}
         self._teacher: TeacherLogits | None = None
 
     @cached_property
@@ -123,16 +123,21 @@ class TextDataModule(LightningDataModule):
         for role in roles:
             self.rows(role)
 
-    def rows(self, role: Role) -> Mapping[str, Rows]:
+    def rows(self, role: Role, *, sample: int | None = None) -> Mapping[str, Rows]:
         """Packed rows by corpus of one role, made on first use.
+
+        Args:
+            role: Which corpora.
+            sample: Read the records shuffled, sample s by the corpus's `shuffle_seed` (0 if it has none) plus s;
+                None: as the corpus says.
 
         Raises:
             ValueError: See `lightning_moe.training.tokenization.corpus_rows` and `load_tokenizer`.
         """
-        if role not in self._rows:
-            self._rows[role] = {
+        if (role, sample) not in self._rows:
+            self._rows[role, sample] = {
                 name: corpus_rows(
-                    corpus,
+                    shuffled(corpus, sample=sample),
                     name=name,
                     tokenizer=self.tokenizer,
                     sequence_length=self.sequence_lengths[role],
@@ -140,7 +145,7 @@ class TextDataModule(LightningDataModule):
                 )
                 for name, corpus in self.corpora[role].items()
             }
-        return self._rows[role]
+        return self._rows[role, sample]
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -223,23 +228,26 @@ class TextDataModule(LightningDataModule):
         size = self.validation_batch_size
         return {name: self._loader(rows, batch_size=size) for name, rows in self.rows("validation").items()}
 
-    def calibration_dataloaders(self) -> dict[str, DataLoader[Batch]]:
+    def calibration_dataloaders(self, *, sample: int | None = None) -> dict[str, DataLoader[Batch]]:
         """One loader per calibration corpus, always in the same order.
+
+        Args:
+            sample: Of several samples of the same corpora, which (see `rows`).
 
         Raises:
             ValueError: There are no calibration corpora.
         """
         return {
             name: self._loader(rows, batch_size=self.calibration_batch_size)
-            for name, rows in self._required("calibration").items()
+            for name, rows in self._required("calibration", sample=sample).items()
         }
 
-    def _required(self, role: Role) -> Mapping[str, Rows]:
+    def _required(self, role: Role, *, sample: int | None = None) -> Mapping[str, Rows]:
         if not self.corpora[role]:
             raise ValueError(
                 f"`data.{role}` names no corpora, but this command needs them. Add at least one, such as {_EXAMPLE}."
             )
-        return self.rows(role)
+        return self.rows(role, sample=sample)
 
     def _loader(self, rows: Dataset[Batch], *, batch_size: int, **options: Any) -> DataLoader[Batch]:
         return DataLoader(rows, batch_size=batch_size, **options, **self._loader_options())

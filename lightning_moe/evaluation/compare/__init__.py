@@ -1,0 +1,26 @@
+"""Methods side by side: a grid of rows, each cut, saved, reloaded from disk and evaluated; rows are reused.
+
+`make_row` makes one row from a model, a plan and text; `Comparison` makes many and shares what they have in common;
+`Grid` says which.
+"""
+
+from lightning_moe.evaluation.compare.bench import CutModel, Measures, cut_copy, make_row
+from lightning_moe.evaluation.compare.grid import Grid, GridMethod, needs_gradients
+from lightning_moe.evaluation.compare.rows import Repair, Row, StageSpec
+from lightning_moe.evaluation.compare.run import Comparison, check_names, compare_stages
+
+__all__ = [
+    "Comparison",
+    "CutModel",
+    "Grid",
+    "GridMethod",
+    "Measures",
+    "Repair",
+    "Row",
+    "StageSpec",
+    "check_names",
+    "compare_stages",
+    "cut_copy",
+    "make_row",
+    "needs_gradients",
+]
