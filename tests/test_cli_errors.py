@@ -137,7 +137,7 @@ def test_nf4_needs_whole_blocks(folder, capsys, tmp_path):
     [
         (["plan", "--statistics", "nowhere", "--out", "x", "--prune_ratio", "0.5"], 1, "There is no .* at 'nowhere'"),
         (["plan", "--statistics", "x", "--out", "x", "--prune_ratio", "0.5", "--method", "magic"], 1, "got 'magic'"),
-        (["plan", "--statistics", "x", "--out", "x"], 1, "one of `prune_ratio`, `keep_ratio`, `budget`"),
+        (["plan", "--statistics", "x", "--out", "x"], 1, "how much to cut: `prune_ratio`, `keep_ratio`, `budget`"),
         (["plan", "--out", "x"], 2, "prune_ratio|statistics"),
         (["plan", "--prune_ration", "1"], 2, "prune_ration"),
         (["report", "--folder", "nowhere"], 1, "There are no rows of results below 'nowhere/stages'"),
