@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
             run_command(name, arguments[1:])
         else:
             train(arguments)
-    except (ArgumentError, ValueError, MisconfigurationException) as error:
+    except (ArgumentError, ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         if isinstance(error, ArgumentError):

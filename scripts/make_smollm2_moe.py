@@ -300,6 +300,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="only the first ones, to try it out")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if (args.out / "moe").exists():
+        raise SystemExit(f"'{args.out / 'moe'}' is there already: delete it, or choose another --out.")
     torch.manual_seed(0)
     started = time.monotonic()
     dense, tokenizer = load_dense()
@@ -322,12 +324,13 @@ def main() -> None:
     layerwise = quality(moe, dense, held_out)
     log.info("layer by layer: %s", json.dumps(layerwise))
     steps = distil_whole(moe, dense, ids_NS, minutes=args.minutes)
+    final = quality(moe, dense, held_out)
+    log.info("distilled: %s", json.dumps(final))
     # Widths are equal, so that the padded layout is the stock one, and nothing is padded.
+    moe.to(torch.bfloat16)
     export_model(moe, folder=args.out, formats=["padded"], tokenizer=tokenizer)
     (args.out / "padded").rename(args.out / "moe")
     shutil.rmtree(args.out / "layer_by_layer")
-    final = quality(moe, dense, held_out)
-    log.info("distilled: %s", json.dumps(final))
     record = {"layer_errors": errors, "layer_by_layer": layerwise, "distilled": final, "steps": steps}
     write_json(args.out / "result.json", record | {"seconds": round(time.monotonic() - started)})
 

@@ -20,7 +20,7 @@ def save_job(folder):
         "sequence_length": 32,
         "batch_size": 8,
         "train": {"a": corpora["a"]},
-        "calibration": {"a": corpora["a"]},
+        "calibration": {"a": corpora["a"] | {"max_tokens": 400}},  # enough for two samples
         "validation": corpora,
     }
     (folder / "data.yaml").write_text(yaml.safe_dump({"data": data}))

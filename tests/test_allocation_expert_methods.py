@@ -148,6 +148,19 @@ def test_sets_of_a_cut_model_leave_out_masked_experts():
     assert experts_of(shape, got) == [[2, 3]]
 
 
+def test_sets_of_experts_of_different_widths_are_cut_by_channels():
+    # By error experts go in the order 3, 2, 1, 0: after 8 of 12 channels are gone, expert 0 and its 4 are left.
+    grams = [torch.diag(doubles(9, 3, 2, 1))]
+    shape = shape_of([4, 6, 1, 1])
+    assert experts_of(shape, drop_subsets(shape, grams=grams, prune_ratio=8 / 12)) == [[0]]
+    # Half of the experts would be 0 and 1 with 10 channels; 10 of 12 are nearest to 9, and 4 to 6.
+    assert experts_of(shape, drop_subsets(shape, grams=grams, prune_ratio=3 / 12)) == [[0, 1]]
+    assert experts_of(shape, drop_subsets(shape, grams=grams, prune_ratio=0.5)) == [[0]]
+    assert ExpertSparsity().remarks(shape, prune_ratio=0.5)["search"] == "greedy"
+    with pytest.raises(ValueError, match="keeps 1 of 4 experts, but 2 must stay"):
+        drop_subsets(shape_of([4, 6, 1, 1], top_k=2), grams=grams, prune_ratio=0.5)
+
+
 def test_the_plan_says_how_sets_were_searched():
     statistics = make_statistics(num_experts=8, optional=True)
     found = ExpertSparsity().plan(statistics, prune_ratio=0.5).provenance
@@ -203,6 +216,23 @@ def test_fill_rules_by_hand():
     assert set(wanted) == set(FILLS)
     for name, aggregate_E in wanted.items():
         torch.testing.assert_close(FILLS[name](utility_KE, tokens_K), aggregate_E)
+
+
+def test_equals_share_a_rank():
+    # Places: 2 0 0 0 (three unused experts) and 0 1 1 3. Halves of the mean shares settle equals.
+    utility_KE = torch.tensor([[4.0, 0, 0, 0], [0, 1, 1, 2]], dtype=torch.float64)
+    wanted = doubles(3, 1, 1, 3) + (doubles(1, 0, 0, 0) + doubles(0, 0.5, 0.5, 1)) / 4
+    torch.testing.assert_close(FILLS["rank"](utility_KE, doubles(1, 1)), wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_do_not_depend_on_the_order_of_experts(seed):
+    generator = torch.Generator().manual_seed(seed)
+    utility_KE = torch.rand(2, 8, generator=generator, dtype=torch.float64)
+    utility_KE[0, :4], utility_KE[1, 5:] = 0, 0
+    order_E = torch.randperm(8, generator=generator)
+    shuffled_E = FILLS["rank"](utility_KE[:, order_E], doubles(1, 1))
+    torch.testing.assert_close(shuffled_E, FILLS["rank"](utility_KE, doubles(1, 1))[order_E])
 
 
 @pytest.mark.parametrize("fill", [*FILLS, "pooled"])

@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 
 from lightning_moe.allocation import ExactGlobal, PaperA, build_method
 from lightning_moe.allocation.budgets import Budget, plan_for_budget, spend_budget
+from lightning_moe.allocation.meter import Meter
 from lightning_moe.allocation.units import format_bytes, format_params, parse_bytes, parse_params
 from lightning_moe.allocation.usage import active_channels, rerouted, usage_costs, usage_shares
 from lightning_moe.models.discovery import model_shape
@@ -71,11 +72,26 @@ def test_an_unused_expert_costs_nothing_and_goes_first_all_the_same():
 
 def test_tokens_of_experts_that_are_gone_go_to_the_others():
     # Layer 0: expert 1 (0.2) is gone, expert 0 takes all tokens. Layer 1 as it was.
-    usage = rerouted(usage_shares(HAND), widths=[[1, 0], [2, 1]])
+    usage = rerouted(usage_shares(HAND), widths=[[1, 0], [2, 1]], before=[[2, 2], [2, 2]])
     assert [share_E.tolist() for share_E in usage] == [[1.0, 0.0], [0.5, 0.5]]
     assert active_channels([[1, 0], [2, 1]], usage=usage) == pytest.approx(1 + 1.5)
     nobody = [torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)]
-    assert rerouted(nobody, widths=[[0, 3, 3]])[0].tolist() == [0.0, 0.5, 0.5]
+    assert rerouted(nobody, widths=[[0, 3, 3]], before=[[3, 3, 3]])[0].tolist() == [0.0, 0.5, 0.5]
+    # Expert 2 is masked: nobody used it, and nobody will.
+    assert rerouted(nobody, widths=[[0, 3, 0]], before=[[3, 3, 0]])[0].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_novices_keep_their_tokens():
+    # Expert 2 is a novice, half of the tokens go to it: a token uses 0.3 * 2 + 0.2 * 2 channels.
+    layers = [{"count": [3.0, 2.0, 5.0], "channel_ablation": [4.0, 3.0, 2.0, 1.0]}]
+    statistics = hand_statistics(shape_of([2, 2, 0]), layers=layers)
+    meter = Meter.of(statistics, sizes=None, corpora=None)
+    assert meter.measure("active", meter.whole) == 1.0
+    # With expert 1 gone expert 0 and the novice share its tokens: 0.3 / 0.8 * 2 of 1.
+    assert meter.measure("active", [[2, 0, 0]]) == pytest.approx(0.75)
+    spent = spend_budget(exact(), statistics, budget=Budget(active=0.75))
+    assert spent.before["active"] == 1.0
+    assert (widths_of(spent.plan), spent.reached["active"]) == ([(2, 0, 0)], pytest.approx(0.75))
 
 
 def test_a_budget_of_active_parameters_by_hand():
@@ -148,7 +164,8 @@ def test_two_budgets_take_the_smallest_weight_that_meets_both():
 def active_share(plan, statistics):
     widths, usage = widths_of(plan), usage_shares(statistics)
     whole = active_channels([layer.widths for layer in plan.shape.layers], usage=usage)
-    return active_channels(widths, usage=rerouted(usage, widths=widths)) / whole
+    before = [layer.widths for layer in plan.shape.layers]
+    return active_channels(widths, usage=rerouted(usage, widths=widths, before=before)) / whole
 
 
 def test_a_weight_that_is_set_stays():
@@ -171,6 +188,29 @@ def test_methods_with_larger_steps_take_the_largest_that_fits(name):
     assert {width for own in widths_of(spent.plan) for width in own} == expected
     assert spent.plan.num_kept == (2 * 5 * 32 if name != "uniform" else 2 * 8 * 16)
     assert spent.plan.prune_ratio == spent.plan.achieved_prune_ratio
+
+
+@pytest.mark.parametrize("name", ["exact_global", "reap", "tb_coverage", "expert_sparsity"])
+def test_the_plan_can_be_made_again_from_its_provenance(name):
+    # Experts of different widths: the ratio that is reached is not the one that leads to it.
+    sizes, _ = tiny_sizes_and_statistics()
+    statistics = make_statistics(width=[32, 28, 8, 32, 16, 24, 16, 32], optional=True, seed=1)
+    for keep_ratio in (0.45, 0.63, 0.8):
+        budget = Budget(keep_ratio=keep_ratio, bytes=10**9)
+        plan = plan_for_budget(build_method(name), statistics, budget=budget, sizes=sizes)
+        method = build_method(plan.method, **json.loads(plan.provenance["settings"]))
+        again = method.plan(statistics, prune_ratio=json.loads(plan.provenance["budget"])["method_ratio"])
+        assert kept(again) == kept(plan)
+
+
+def test_a_budget_of_the_files_says_how_they_are_stored():
+    sizes, statistics = tiny_sizes_and_statistics(16)
+    plan = plan_for_budget(ExactGlobal(), statistics, budget=Budget(bytes=10**9), sizes=sizes)
+    record = json.loads(plan.provenance["budget"])
+    assert (record["bits"], record["dtype"], record["method_ratio"]) == (16, "bfloat16", 0.0)
+    assert "bits" not in json.loads(
+        plan_for_budget(ExactGlobal(), statistics, budget=Budget(active=0.5)).provenance["budget"]
+    )
 
 
 def test_a_ratio_alone_is_the_methods_own():

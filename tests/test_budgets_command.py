@@ -64,13 +64,26 @@ def test_two_budgets_and_parameters_in_words(folder):
     assert record["reached"]["active"] <= 0.5
 
 
+def test_a_ratio_of_a_model_that_cannot_be_counted_is_planned_all_the_same(tmp_path, caplog, capsys):
+    model = tiny_model(hidden_size=32, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    made = make_statistics(num_layers=2, num_experts=8, width=32, hidden=32)
+    fitting = CalibrationStatistics(shape=model_shape(model), corpora=made.corpora, weights=made.weights)
+    fitting.save(tmp_path / "statistics.safetensors")
+    assert plan(tmp_path, "--model", tmp_path / "model", "--prune_ratio", 0.5).num_kept == 256
+    assert "Bytes and parameters are not counted: 4-bit storage needs a hidden size" in caplog.text
+    with pytest.raises(SystemExit):
+        plan(tmp_path, "--model", tmp_path / "model", "--budget", "100KB")
+    assert "4-bit storage needs a hidden size" in capsys.readouterr().err
+
+
 def test_a_budget_without_the_model_is_refused(folder, capsys):
     with pytest.raises(SystemExit):
         plan(folder, "--budget", "1MB")
     assert "`budget` and `stored_params` need `model`" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         plan(folder)
-    assert "A budget needs at least one of" in capsys.readouterr().err
+    assert "Say how much to cut: `prune_ratio`, `keep_ratio`" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         plan(folder, "--model", folder / "model", "--budget", "10KB")
     assert "No plan keeps bytes within 10.000 KB" in capsys.readouterr().err

@@ -3,10 +3,14 @@
 import pytest
 import yaml
 from cli_runs import run, save_job
+from tiny_models import tiny_model
 
 from lightning_moe.commands._recovering import ShortRecovery
-from lightning_moe.evaluation.compare import StageSpec
+from lightning_moe.evaluation.compare import Measures, StageSpec, bench
+from lightning_moe.export.huggingface import save_ragged
 from lightning_moe.files import read_json
+from lightning_moe.quantization.linears import quantize_model
+from lightning_moe.surgery.cut import convert_experts
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +26,9 @@ def compare(folder, out, settings, *flags):
 
 
 GRID = {"methods": [{"method": "exact_global", "method_args": {"align": 8}, "bits": [16, 4]}, "reap"], "ratios": [0.5]}
+
+
+RECOVERY = {"rows": ["exact_global_50_nf4_s0"], "steps": 1, "adapter": {"expert_rank": 2}}
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
@@ -49,7 +56,59 @@ def test_a_grid_with_a_short_recovery(folder, tmp_path, caplog):
     assert "recovered: " not in caplog.text
 
 
-def test_samples_read_the_text_in_another_order(folder, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_stages_with_a_recovery_get_its_control(folder, tmp_path):
+    stage = {"name": "a", "prune_ratio": 0.5, "method_args": {"align": 8}, "bits": 4, "repair": False}
+    rows = compare(folder, tmp_path, {"stages": [stage], "recovery": RECOVERY | {"rows": ["a"]}})
+    assert [row["name"] for row in rows] == ["dense", "dense_nf4", "a", "dense_nf4_recovered", "a_recovered"]
+
+
+def test_what_was_made_before_a_row_failed_is_written(folder, tmp_path, monkeypatch):
+    original = Measures.of_folder
+
+    def failing(own, name, **settings):
+        if name == "reap_50_s0":
+            raise ValueError("no memory is left")
+        return original(own, name, **settings)
+
+    monkeypatch.setattr(Measures, "of_folder", failing)
+    with pytest.raises(SystemExit):
+        compare(folder, tmp_path, {"grid": {"methods": ["frequency", "reap", "aimer"], "ratios": [0.5]}})
+    rows = read_json(tmp_path / "compare.json", what="comparison")
+    assert [row["name"] for row in rows] == ["dense", "frequency_50_s0"]
+    assert "frequency" in (tmp_path / "compare.txt").read_text()
+
+
+def test_a_folder_that_cannot_be_written_to(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "evaluate_stage", lambda *_, **__: pytest.fail("a row was measured"))
+    (tmp_path / "file").write_text("no folder")
+    settings = {"grid": {"methods": ["reap"], "ratios": [0.5]}}
+    with pytest.raises(SystemExit):
+        compare(folder, tmp_path / "file" / "out", settings)
+    assert "`out` must be a folder that can be written to, got '" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    def full(*_args, **_settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench, "evaluate_stage", full)
+    with pytest.raises(SystemExit):
+        compare(folder, tmp_path, {"grid": {"methods": ["reap"], "ratios": [0.5]}})
+    assert capsys.readouterr().err == "python -m lightning_moe: compare: [Errno 28] No space left on device\n"
+
+
+def test_a_packed_model_is_no_dense_one(folder, tmp_path, capsys):
+    model = tiny_model(vocab_size=4096)
+    convert_experts(model)
+    quantize_model(model)
+    save_ragged(model, tmp_path / "packed")
+    with pytest.raises(SystemExit):
+        compare(folder, tmp_path / "out", {"grid": GRID}, "--model", tmp_path / "packed")
+    assert "packed' is packed in NF4, and the rows are compared with a dense model in 16" in capsys.readouterr().err
+
+
+def test_samples_read_other_text(folder, tmp_path):
     rows = compare(folder, tmp_path, {"grid": {"methods": ["reap"], "ratios": [0.5], "samples": 2}})
     notes = [read_json(tmp_path / f"statistics_{sample}.json", what="note") for sample in (0, 1)]
     assert notes[0]["text"] != notes[1]["text"]
@@ -74,14 +133,19 @@ def test_models_stay_where_asked(folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({}, "needs a `grid` or `stages`, got neither"),
+        ({}, "needs a `grid`, `stages` or a `matrix`, got none"),
         ({"grid": {"methods": ["magic"], "ratios": [0.5]}}, "got 'magic'"),
         ({"grid": {"methods": [], "ratios": [0.5]}}, "`methods` of the grid is an empty list"),
         ({"grid": {"methods": ["reap"], "ratios": [1.5]}}, r"must be in \[0, 1\), got 1.5"),
         ({"grid": {"methods": ["reap"], "ratios": [0.5], "samples": 2}, "statistics": "x"}, "ask for 2 samples"),
         ({"grid": GRID, "recovery": {"rows": ["dense"], "steps": 1}}, r"must name rows in 4 bit, got \['dense'\]"),
         ({"grid": GRID, "baseline": "paper_a"}, "`baseline` must be a method of the grid, got 'paper_a'"),
+        ({"grid": GRID, "baseline": "paper_a", "matrix": True}, "`baseline` must be a method of the grid"),
         ({"grid": GRID, "tasks": ["no_such_task"]}, r"Unknown tasks \['no_such_task'\]"),
+        ({"grid": GRID, "tasks": "piqa,no_such_task"}, r"Unknown tasks \['no_such_task'\]"),
+        ({"grid": GRID, "tasks": ["piqa"], "limit": 0}, "`limit` must be at least 1 or null for all items, got 0"),
+        ({"grid": GRID, "tasks": ["code"]}, "Give `allow_code_execution`"),
+        ({"grid": GRID, "recovery": RECOVERY, "data": {"train": None}}, "`data.train` names no corpora"),
     ],
 )
 def test_a_wrong_job_is_refused_before_anything_runs(folder, tmp_path, capsys, settings, match):
@@ -101,6 +165,7 @@ def test_a_wrong_job_is_refused_before_anything_runs(folder, tmp_path, capsys, s
         ({"steps": 0}, r"got \['a'\] and 0"),
         ({"distillation": 2.0}, r"`recovery.distillation` must be in \[0, 1\], got 2.0"),
         ({"rows": ["b"]}, r"must name rows in 4 bit, got \['b'\]; there are \['a'\]"),
+        ({}, "needs the unpruned model in 4 bit as its control, under the name 'dense_nf4'"),
     ],
 )
 def test_a_wrong_recovery_is_refused(settings, match):

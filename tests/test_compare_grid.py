@@ -34,7 +34,7 @@ def test_a_row_says_what_it_is():
     said = row.columns()
     assert (said["method"], said["ratio"], said["bits"], said["sample"]) == ("r", 0.375, 16, 0)
     assert said["novices"]
-    assert "export" not in said
+    assert said["export"] is None  # so that a row found under this name keeps none of another
 
 
 def test_keep_ratios_are_the_other_word():
@@ -96,6 +96,7 @@ def test_gradients_are_gathered_where_a_method_asks():
         ({"samples": 0}, "`samples` must be a whole number >= 1, got 0"),
         ({"repair": ["after_nf4"]}, r"`repair: after_nf4` of paper_a needs 4 among its `bits`, got \[16\]"),
         ({"novices": True, "calibrations": 2}, "`novices` of stage .* go with `calibrations: 1`, got 2"),
+        ({"methods": ["uniform", "snip"], "calibrations": 2}, "'snip_50_c2_s0' scores by gradients.*`calibrations: 1`"),
         ({"calibrations": 0}, "`calibrations` must be a whole number >= 1, got 0"),
     ],
 )

@@ -1,6 +1,7 @@
 """Cuts in stages: the budget of one cut, decided on the model as each stage left it."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -43,7 +44,10 @@ def test_the_budget_is_that_of_one_cut(name, stages):
     assert cut.plan.num_kept == one_go.num_kept == model_shape(model).num_channels
     assert len(cut.stages) == stages
     assert cut.plan.shape == one_go.shape
-    assert (cut.plan.prune_ratio, cut.plan.provenance["stages"]) == (0.45, str(stages))
+    recorded = json.loads(cut.plan.provenance["stages"])
+    assert [stage["prune_ratio"] for stage in recorded] == [stage.prune_ratio for stage in cut.stages]
+    assert [stage["statistics"] for stage in recorded] == [stage.provenance["statistics"] for stage in cut.stages]
+    assert (cut.plan.prune_ratio, cut.plan.provenance["statistics"]) == (0.45, one_go.provenance["statistics"])
     if stages == 1:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(cut.plan.keep, one_go.keep, strict=True))
     widths = [stage.num_kept for stage in cut.stages]
@@ -95,3 +99,7 @@ def test_the_last_stage_alone_is_fitted_to_4_bit():
 def test_too_few_stages_are_refused():
     with pytest.raises(ValueError, match=r"`stages` must be .*>= 1, got 0"):
         staged(tiny_model(), stages=0)
+    with pytest.raises(ValueError, match=r"in stages must be in \(0, 1\), got 0: there is nothing to cut"):
+        staged(tiny_model(), ratio=0)
+    with pytest.raises(ValueError, match=r"`prune_ratio` must be in \[0, 1\), got 1.5"):
+        staged(tiny_model(), ratio=1.5)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lightning_moe.assets import asset_path, resolve_asset
 from lightning_moe.training.corpora import Corpus, read_records
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.packing import TokenSpan, pack_examples, pack_stream
-from lightning_moe.training.tokenization import load_tokenizer
+from lightning_moe.training.tokenization import corpus_rows, load_tokenizer
 
 DOMAINS = ("speeches", "glosses", "code", "math", "manual")
 SPLITS = ("recovery", "calibration", "validation", "heldout")
@@ -209,3 +210,30 @@ def test_presets_together_keep_the_row_length_of_each_role(order):
     parser = preset_parser()
     data = parser.instantiate_classes(parser.parse_args([*files, "--data.tokenizer=asset:small_moe"]))["data"]
     assert data.sequence_lengths == {"train": 512, "validation": 2048, "calibration": 2048}
+
+
+@pytest.mark.parametrize("form", ["text", "instruction"])
+def test_samples_share_no_token_and_follow_each_other(form, tmp_path, tokenizer):
+    if form == "text":
+        records = [{"text": f"document {index} of many"} for index in range(80)]
+    else:
+        records = [{"instruction": f"count to {index}", "input": "", "output": "one two"} for index in range(40)]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    whole = Corpus(source=source, format=form)
+    options = {"name": "a", "tokenizer": tokenizer, "sequence_length": 64, "keep_last": True}
+    expected = corpus_rows(whole, **options)
+    parts = [corpus_rows(replace(whole, max_tokens=128), sample=sample, **options) for sample in (0, 1, 2)]
+    read = [batch["input_ids"][batch["attention_mask"] == 1].tolist() for rows in parts for batch in rows]
+    together = [token for row in read for token in row]
+    everything = [token for batch in expected for token in batch["input_ids"][batch["attention_mask"] == 1].tolist()]
+    assert together == everything[: len(together)]
+    assert len(together) > 2.5 * 128
+
+
+def test_a_sample_that_the_text_is_too_short_for_is_refused(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a few words and no more"}])
+    options = {"name": "a", "tokenizer": tokenizer, "sequence_length": 8, "keep_last": True, "sample": 1}
+    with pytest.raises(ValueError, match=r"'a' has 0 tokens left for sample 1 of 100: 2 samples that share no text"):
+        corpus_rows(Corpus(source=source, max_tokens=100), **options)
+    with pytest.raises(ValueError, match="'a' needs `max_tokens`, which says how much text each of the samples takes"):
+        corpus_rows(Corpus(source=source), **options)

@@ -82,6 +82,21 @@ def test_merging_with_a_file_of_an_older_version_keeps_what_both_have():
     assert new.merge(old).digest == old.merge(new).digest
 
 
+def test_merging_corpora_with_and_without_moments_names_the_options():
+    full, plain = make_statistics(corpora=("a",), optional=True), make_statistics(corpora=("b",))
+    with pytest.raises(ValueError, match=r"only some have \['input_sq', .*\(`gradients` true, `moments` true\)"):
+        full.merge(replace(plain, weights=full.weights))
+
+
+def test_with_sums_of_other_text_is_refused():
+    plain, other = make_statistics(), make_statistics(num_tokens=900, optional=True)
+    sums = {
+        "text": tuple({name: layer[name] for name in ("loss_snip", "num_tokens")} for layer in other.corpora["text"])
+    }
+    with pytest.raises(ValueError, match=r"`sums` of corpus 'text' are of 900 tokens, these statistics of 1000"):
+        plain.with_sums(sums)
+
+
 def test_with_sums_adds_optional_statistics_to_every_corpus():
     plain, full = make_statistics(corpora=("a", "b")), make_statistics(corpora=("a", "b"), optional=True)
     sums = {

@@ -174,11 +174,12 @@ def test_mean_entropy_takes_the_middles_of_the_bins():
 def test_active_share_weighs_widths_by_use():
     shape = shape_of((2, 2))
     statistics = hand_statistics(shape, layers=[{"count": [9.0, 1.0]}])
-    plan = make_plan(shape, keep=(mask(1, 1, 0, 0),))
-    # Half is stored; nine of ten tokens went to the expert that stays.
-    assert active_share(plan, statistics=statistics) == pytest.approx(0.9)
-    row = plan_row("p", plan=plan, statistics=statistics)
-    assert (row["stored"], row["active"], row["lost"]) == (0.5, pytest.approx(0.9), 1)
+    plan = make_plan(shape, keep=(mask(1, 1, 1, 0),))
+    # Three of four channels are stored; nine of ten tokens went to the expert that stays whole.
+    assert active_share(plan, statistics=statistics) == pytest.approx(0.95)
+    lost = make_plan(shape, keep=(mask(1, 1, 0, 0),))
+    row = plan_row("p", plan=lost, statistics=statistics)
+    assert (row["stored"], row["active"], row["lost"]) == (0.5, pytest.approx(1.0), 1)  # all tokens use the other one
 
 
 def test_plans_that_keep_the_same_are_shown_once_and_few_with_figures():

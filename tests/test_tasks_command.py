@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from cli_runs import run, save_job
 from task_files import save_task_sets, use_task_sets
 from tiny_models import tiny_model
@@ -11,6 +12,7 @@ pytest.importorskip("lm_eval", reason="tasks need lm_eval: pip install 'lightnin
 
 from lightning_moe.adapters.inject import AdapterConfig, inject_adapters
 from lightning_moe.adapters.storage import save_adapter
+from lightning_moe.commands._tasks import TaskRequest
 from lightning_moe.evaluation.tasks import evaluate_tasks
 from lightning_moe.export.huggingface import save_ragged
 from lightning_moe.quantization.linears import quantize_model
@@ -61,6 +63,28 @@ def test_tasks_are_checked_before_the_model_is_read(job, capsys):
     with pytest.raises(SystemExit):
         evaluated(job, "--tasks", "arc_easy,no_such_task", model="missing")
     assert "Unknown tasks ['no_such_task']" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluated(job, "--tasks", "arc_easy", "--limit", "0", model="missing")
+    assert "`limit` must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluated(job, "--name", "a/b", model="missing")
+    assert "`name` of a stage must be a plain file name, got 'a/b'" in capsys.readouterr().err
+
+
+def test_rows_with_other_tasks_are_not_reused(job, tmp_path):
+    asked = {"tasks": "arc_easy", "limit": 2, "seed": 0, "allow_code_execution": False}
+    decides = TaskRequest(**asked).decides
+    assert decides == TaskRequest(**asked | {"tasks": ["arc_easy"]}).decides
+    assert decides["lm_eval"]
+    assert decides["sources"] == {"arc_easy": str(job / "task_sets")}
+    assert decides != TaskRequest(**asked | {"seed": 1}).decides
+    settings = {"grid": {"methods": ["reap"], "ratios": [0.5]}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    files = ("--config", job / "data.yaml", "--config", tmp_path / "job.yaml")
+    flags = ("--tasks", "arc_easy", "--limit", "2", "--seed", "1")
+    run("compare", *files, "--model", job / "model", "--out", tmp_path / "out", *flags)
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["tasks"]["arc_easy"]["num_items"] for row in rows] == [2, 2]
 
 
 def test_windows_and_the_dense_model(job):

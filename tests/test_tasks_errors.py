@@ -103,6 +103,38 @@ def test_names_are_checked_before_a_model(root):
         evaluate_tasks(None, tokenizer=None, tasks=["piqa"], limit=0)
 
 
+def group_index(**groups):
+    """lm_eval's index of `arc_easy` and of groups of it."""
+    index = {"arc_easy": SimpleNamespace(cfg=dict(ARC))}
+    index |= {name: SimpleNamespace(cfg={"group": name, "task": members}) for name, members in groups.items()}
+    return SimpleNamespace(task_index=index, all_subtasks=["arc_easy"], all_tags=[])
+
+
+@needs_lm_eval
+def test_what_a_group_changes_in_its_tasks_stays(root, monkeypatch):
+    save_splits(root / "hf_datasets/ai2_arc/ARC-Easy", test=arc_items(), train=arc_items())
+    shots = {"num_fewshot": 25, "fewshot_split": "train"}
+    index = group_index(inner=[{"task": "arc_easy", "num_fewshot": 3}], outer=[{"task": "inner"} | shots])
+    monkeypatch.setattr(tasks, "_index", lambda _names: index)
+    (inner, outer) = plan_tasks(["inner", "outer"])
+    assert inner.parts["arc_easy"].overrides["num_fewshot"] == 3
+    assert outer.parts["arc_easy"].overrides["num_fewshot"] == 3
+    assert outer.parts["arc_easy"].overrides["fewshot_split"] == "train"
+    assert outer.parts["arc_easy"].overrides["test_split"] == "test"
+
+
+@needs_lm_eval
+def test_groups_that_say_two_things_are_refused(root, monkeypatch):
+    index = group_index(
+        twice=["arc_easy", {"task": "arc_easy", "num_fewshot": 3}], nested=[{"group": "new", "task": ["arc_easy"]}]
+    )
+    monkeypatch.setattr(tasks, "_index", lambda _names: index)
+    with pytest.raises(ValueError, match=r"Group 'twice' has 'arc_easy' with different settings\. Name"):
+        plan_tasks(["twice"])
+    with pytest.raises(ValueError, match=r"Group 'nested' of lm_eval defines groups within itself\. Name"):
+        plan_tasks(["nested"])
+
+
 def test_without_lm_eval(monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda _name: None)
     with pytest.raises(ValueError, match=r"Tasks need EleutherAI's lm_eval: `pip install 'lightning_moe\[eval\]'`"):

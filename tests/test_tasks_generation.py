@@ -6,6 +6,7 @@ from tiny_models import tiny_model
 
 pytest.importorskip("lm_eval", reason="tasks need lm_eval: pip install 'lightning_moe[eval]'")
 
+from lightning_moe.evaluation import code_execution
 from lightning_moe.evaluation.code_execution import PassAtOne, passes
 from lightning_moe.evaluation.packed_lm import PackedLM
 from lightning_moe.evaluation.tasks import evaluate_tasks
@@ -85,6 +86,13 @@ def test_programs_that_pass_their_tests_count(model, tokenizer, monkeypatch):
     assert row["gold_nll"] > 0
 
 
+def test_other_metrics_stay_the_hubs(monkeypatch):
+    monkeypatch.setattr(code_execution.evaluate, "load", lambda path, *args: (path, *args))
+    with code_execution.local_code_eval():
+        assert code_execution.evaluate.load("rouge", "x") == ("rouge", "x")
+        assert isinstance(code_execution.evaluate.load("code_eval"), PassAtOne)
+
+
 def test_mbpp_brings_its_own_examples(model, tokenizer, monkeypatch):
     prompts = answering(monkeypatch, {"inc": "def inc(a):\n    return a + 1\n"})
     row = evaluate_tasks(model, tokenizer=tokenizer, tasks=["mbpp"], allow_code_execution=True)["mbpp"]
@@ -98,6 +106,9 @@ def test_programs_end_in_one_way_or_another(tmp_path):
     assert not passes("assert 1 + 1 == 3")
     assert not passes("this is no program")
     assert not passes("while True: pass", seconds=0.3)
+    for leaving in ("import sys\nsys.exit(0)", "quit()", "import os\nos._exit(0)"):
+        assert not passes(f"{leaving}\nassert False")
+    assert passes("if __name__ == '__main__':\n    raise SystemExit(0)\n")
     assert passes("import os, pathlib; assert not any(k in os.environ for k in ('HOME', 'PYTHONPATH'))")
     passed, nothing = PassAtOne().compute(
         references=["assert f(1) == 1", "assert f(1) == 2"], predictions=[["def f(x): return x"]] * 2, k=[1]

@@ -19,14 +19,18 @@ _WEIGHT_STEPS = 4096
 _SCAN = 16
 _ROUNDING = 1e-12  # of a limit: ratios are not exact numbers
 _LOWER = "lower `align` or a floor of the method"
-_WHOLE = "take a method that cuts channels: while whole experts stay, a token uses as many channels as before"
+_WHOLE = (
+    "take a method that cuts channels: where experts are equally wide and all of them whole, a token uses as many "
+    "channels as before"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
-    """The plan that was found, and the limits that the next larger one would break."""
+    """The plan that was found, the ratio its method was given, and the limits that the next larger one would break."""
 
     plan: PrunePlan
+    method_ratio: float
     binding: tuple[str, ...]
 
 
@@ -86,7 +90,8 @@ class BudgetSearch:
         self._check_possible()
         with self._bar:
             if not self._broken(self.meter.whole):
-                return Found(plan=self.method.plan(self.statistics, prune_ratio=0.0, corpora=self.corpora), binding=())
+                whole = self.method.plan(self.statistics, prune_ratio=0.0, corpora=self.corpora)
+                return Found(plan=whole, method_ratio=0.0, binding=())
             may_weigh = isinstance(self.method, ExactGlobal) and self.method.usage_weight is None
             if may_weigh and "active" in self.limits:
                 return self._balance(tuple(name for name in self.limits if name != "active"))
@@ -185,6 +190,7 @@ class BudgetSearch:
         larger = self.meter.whole if filled.over > self.highest else self._widths(filled.over, weight)
         return Found(
             plan=replace(plan, prune_ratio=plan.achieved_prune_ratio),
+            method_ratio=plan.prune_ratio,
             binding=self._broken(larger) if larger is not None else (),
         )
 

@@ -108,6 +108,9 @@ def spend_budget(
     """The largest plan within a budget, and what it takes.
 
     One block more would break a limit; for methods that move in larger steps, one expert or one width more per layer.
+    A budget of `active` is not monotone for every method: what a token uses may rise where more is cut, because others
+    take over the tokens of an expert that goes. Then, as for `paper_a`, it is the first plan that fits from the whole
+    model down, in steps of 1/16 of the model; a larger one may fit between two of them.
     The ratio is searched for, with any method. `exact_global` also decides what a channel costs, unless its
     `usage_weight` is set: under a budget of active parameters blocks are ranked by score over usage (weight 1), and
     under two budgets the smallest weight is taken with which the plan that fills the stored one meets the active one,
@@ -122,7 +125,9 @@ def spend_budget(
         progress: Show a bar over the plans that are tried (on a terminal).
 
     Returns:
-        The plan, with the ratio it really has and the budget in its provenance, and what it takes.
+        The plan, with the ratio it really has, and what it takes. `budget` in its provenance holds what was asked and
+        reached, which limits bind, with `sizes` the `bits` and `dtype` they count in, and `method_ratio`: the ratio
+        with which the method makes the same plan again.
 
     Raises:
         ValueError: no plan is that small (with the smallest number that can be reached), sizes are missing or of
@@ -160,7 +165,7 @@ def _exact_ratio(search: BudgetSearch, budget: Budget) -> Found:
     """A ratio alone means what it means to the method."""
     ratio = resolve_prune_ratio(prune_ratio=budget.prune_ratio, keep_ratio=budget.keep_ratio)
     plan = search.method.plan(search.statistics, prune_ratio=ratio, corpora=search.corpora)
-    return Found(plan=plan, binding=tuple(budget.asked) if ratio else ())
+    return Found(plan=plan, method_ratio=ratio, binding=tuple(budget.asked) if ratio else ())
 
 
 def _described(found: Found, *, budget: Budget, meter: Meter) -> BudgetPlan:
@@ -168,6 +173,8 @@ def _described(found: Found, *, budget: Budget, meter: Meter) -> BudgetPlan:
     reached = meter.measure_all([plan.widths(index) for index in range(len(plan.shape.layers))])
     words = {"keep_ratio": "prune_ratio"} if budget.keep_ratio is None else {}
     binding = tuple(words.get(name, name) for name in found.binding)
-    record = {"asked": budget.asked, "reached": reached, "binding": binding}
+    record = {"asked": budget.asked, "reached": reached, "binding": binding, "method_ratio": found.method_ratio}
+    if meter.sizes is not None:
+        record |= {"bits": meter.sizes.bits, "dtype": str(meter.sizes.expert_dtype).removeprefix("torch.")}
     plan = replace(plan, provenance={**plan.provenance, "budget": json.dumps(record)})
     return BudgetPlan(plan=plan, before=meter.measure_all(meter.whole), reached=reached, binding=binding)

@@ -13,8 +13,11 @@ from lightning_moe.records import ExpertScores
 
 
 def _rank_sum(utility_KE: Tensor, _: Tensor) -> Tensor:
-    """Experts that this one beats, summed over corpora; equals by their utility, as a share of the corpus' largest."""
-    beaten_KE = utility_KE.argsort(dim=1, stable=True).argsort(dim=1).double()
+    """Experts that this one beats, summed over corpora; equals by their utility, as a share of the corpus' largest.
+
+    Experts of the same utility beat the same ones, whatever their order.
+    """
+    beaten_KE = (utility_KE[:, :, None] > utility_KE[:, None, :]).sum(2).double()
     share_KE = utility_KE / utility_KE.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return beaten_KE.sum(0) + 0.5 * share_KE.mean(0)
 

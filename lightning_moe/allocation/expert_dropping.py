@@ -71,7 +71,7 @@ def drop_experts_globally(scores: ExpertScores, *, prune_ratio: float) -> tuple[
     keys = (torch.cat(reserved).long(), (width_E > 0).long(), torch.cat(scores.scores))
     order_E = order_by(*keys)
     num_present, num_reserved = int((width_E > 0).sum()), int(keys[0].sum())
-    num_kept = _num_kept(width_E[order_E][:num_present], keep_ratio=1 - prune_ratio)
+    num_kept = count_along(width_E[order_E][:num_present], keep_ratio=1 - prune_ratio)
     if num_kept < num_reserved:
         demands = [int(own_E.sum()) for own_E in reserved]
         layer = layers[demands.index(max(demands))]
@@ -93,9 +93,7 @@ def num_kept_experts(layer: LayerShape, *, prune_ratio: float) -> int:
     """
     num_present = sum(width > 0 for width in layer.widths)
     num_kept = round((1 - prune_ratio) * num_present)
-    _check_enough(
-        layer, num_kept=num_kept, num_needed=needed_per_group(layer) * layer.num_groups, prune_ratio=prune_ratio
-    )
+    check_enough(layer, num_kept=num_kept, prune_ratio=prune_ratio)
     return num_kept
 
 
@@ -104,14 +102,20 @@ def _keep_best(layer: LayerShape, *, preferences: tuple[Tensor, ...], prune_rati
     num_present = int((width_E > 0).sum())
     reserved_E = reserve_experts(layer, preferences=preferences, available_E=width_E > 0)
     order_E = order_by(reserved_E.long(), (width_E > 0).long(), *preferences)
-    num_kept = _num_kept(width_E[order_E][:num_present], keep_ratio=1 - prune_ratio)
-    _check_enough(layer, num_kept=num_kept, num_needed=int(reserved_E.sum()), prune_ratio=prune_ratio)
+    num_kept = count_along(width_E[order_E][:num_present], keep_ratio=1 - prune_ratio)
+    check_enough(layer, num_kept=num_kept, prune_ratio=prune_ratio)
     keep_E = torch.zeros_like(reserved_E)
     keep_E[order_E[:num_kept]] = True
     return keep_E.repeat_interleave(width_E)
 
 
-def _check_enough(layer: LayerShape, *, num_kept: int, num_needed: int, prune_ratio: float) -> None:
+def check_enough(layer: LayerShape, *, num_kept: int, prune_ratio: float) -> None:
+    """Refuses to keep fewer experts than a token needs.
+
+    Raises:
+        ValueError: names the layer and the numbers.
+    """
+    num_needed = needed_per_group(layer) * layer.num_groups
     if num_kept < num_needed:
         num_present = sum(width > 0 for width in layer.widths)
         raise ValueError(
@@ -120,8 +124,8 @@ def _check_enough(layer: LayerShape, *, num_kept: int, num_needed: int, prune_ra
         )
 
 
-def _num_kept(width_P: Tensor, *, keep_ratio: float) -> int:
-    """How many of the first experts stay; `width_P` are their widths, best first."""
+def count_along(width_P: Tensor, *, keep_ratio: float) -> int:
+    """How many of the first experts come nearest to a share of all channels; `width_P` are their widths, best first."""
     if len(width_P.unique()) == 1:
         return round(keep_ratio * len(width_P))
     return int((width_P.cumsum(0) - keep_ratio * width_P.sum()).abs().argmin()) + 1

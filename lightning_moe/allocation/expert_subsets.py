@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.allocation.budget import check_prune_ratio, keep_everything
-from lightning_moe.allocation.expert_dropping import num_kept_experts
+from lightning_moe.allocation.expert_dropping import check_enough, count_along, num_kept_experts
 from lightning_moe.allocation.reachability import needed_per_group
 from lightning_moe.records import LayerShape, ModelShape
 
@@ -19,14 +19,16 @@ MAX_SUBSETS = 100_000
 _CHUNK = 16_384
 
 
-def num_subsets(layer: LayerShape, *, prune_ratio: float) -> int:
-    """How many sets of `round((1 - prune_ratio) * E)` experts there are.
+def tries_all_subsets(layer: LayerShape, *, prune_ratio: float, max_subsets: int) -> bool:
+    """Whether every set is tried: its experts are equally wide, so that all sets are of one size, and they are few.
 
     Raises:
-        ValueError: that is fewer than a token needs: names the layer and the numbers.
+        ValueError: a set is smaller than a token needs: names the layer and the numbers.
     """
-    num_present = sum(width > 0 for width in layer.widths)
-    return math.comb(num_present, num_kept_experts(layer, prune_ratio=prune_ratio))
+    present = [width for width in layer.widths if width]
+    if len(set(present)) > 1:
+        return False
+    return math.comb(len(present), num_kept_experts(layer, prune_ratio=prune_ratio)) <= max_subsets
 
 
 def drop_subsets(
@@ -37,6 +39,9 @@ def drop_subsets(
     Removing the set D changes the routed sum of a token by `sum_{e in D} g_e z_e`, so with gates held the squared error
     summed over tokens is `sum_{i, j in D} G_ij`, where G is the Gram matrix of `g z`. All sets are tried where there
     are at most `max_subsets`; else experts go one by one, each time the one that adds least to the error.
+
+    Where experts differ in width, as after a cut, they always go one by one, and as many stay as come nearest to that
+    share of the layer's channels.
 
     Args:
         shape: The model.
@@ -55,17 +60,19 @@ def drop_subsets(
         return keep_everything(shape)
     keep = []
     for layer, gram_EE in zip(shape.layers, grams, strict=True):
-        search = _best_subset if num_subsets(layer, prune_ratio=prune_ratio) <= max_subsets else _greedy_subset
         width_E = torch.tensor(layer.widths)
         present_P = (width_E > 0).nonzero().squeeze(1)
-        keep_P = search(
-            gram_EE[present_P][:, present_P],
-            num_kept=num_kept_experts(layer, prune_ratio=prune_ratio),
-            group_P=layer.group_of_expert[present_P],
-            needed=needed_per_group(layer),
-        )
+        gram_PP, group_P = gram_EE[present_P][:, present_P], layer.group_of_expert[present_P]
         keep_E = torch.zeros(layer.num_experts, dtype=torch.bool)
-        keep_E[present_P] = keep_P
+        if tries_all_subsets(layer, prune_ratio=prune_ratio, max_subsets=max_subsets):
+            num_kept = num_kept_experts(layer, prune_ratio=prune_ratio)
+            keep_P = _best_subset(gram_PP, num_kept=num_kept, group_P=group_P, needed=needed_per_group(layer))
+            keep_E[present_P] = keep_P
+        else:
+            order_P = _greedy_order(gram_PP, group_P=group_P, needed=needed_per_group(layer))
+            num_kept = count_along(width_E[present_P][order_P], keep_ratio=1 - prune_ratio)
+            check_enough(layer, num_kept=num_kept, prune_ratio=prune_ratio)
+            keep_E[present_P[order_P[:num_kept]]] = True
         keep.append(keep_E.repeat_interleave(width_E))
     return tuple(keep)
 
@@ -101,14 +108,16 @@ def _subsets(num_present: int, *, size: int) -> Iterator[Tensor]:
         yield torch.from_numpy(flat).view(count, size)
 
 
-def _greedy_subset(gram_PP: Tensor, *, num_kept: int, group_P: Tensor, needed: int) -> Tensor:
-    """Drops one expert after another; a router group that has only what it needs drops none."""
-    kept_P = torch.ones(len(gram_PP), dtype=torch.bool)
+def _greedy_order(gram_PP: Tensor, *, group_P: Tensor, needed: int) -> Tensor:
+    """Experts by when they go, the last first; a router group that has only what it needs drops none."""
+    kept_P, gone = torch.ones(len(gram_PP), dtype=torch.bool), list[int]()
     added_P = gram_PP.diagonal().clone()
-    for _ in range(len(gram_PP) - num_kept):
+    while True:
         left_G = torch.bincount(group_P[kept_P], minlength=int(group_P.max()) + 1)
         may_go_P = kept_P & (left_G[group_P] > needed)
+        if not bool(may_go_P.any()):
+            return torch.cat([kept_P.nonzero().squeeze(1), torch.tensor(gone[::-1], dtype=torch.long)])
         expert = int(added_P.masked_fill(~may_go_P, torch.inf).argmin())
         kept_P[expert] = False
+        gone.append(expert)
         added_P += 2 * gram_PP[expert]
-    return kept_P

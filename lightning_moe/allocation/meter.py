@@ -44,13 +44,13 @@ class Meter:
         if name == "keep_ratio":
             return sum(map(sum, widths)) / self.shape.num_channels
         if name == "active":
-            left = active_channels(widths, usage=rerouted(self.usage, widths=widths))
+            left = active_channels(widths, usage=self._rerouted(widths))
             return left / active_channels(self.whole, usage=self.usage)
         assert self.sizes is not None
         if name == "stored_params":
             return self.sizes.stored_params(widths)
         if name == "active_params":
-            return self.sizes.active_params(widths, usage=rerouted(self.usage, widths=widths))
+            return self.sizes.active_params(widths, usage=self._rerouted(widths))
         return self.sizes.num_bytes(widths)
 
     def measure_all(self, widths: Widths) -> dict[str, float]:
@@ -58,6 +58,9 @@ class Meter:
         sized = ["stored_params", "active_params", "bytes"] if self.sizes is not None else []
         reached = {name: self.measure(name, widths) for name in ["keep_ratio", "active", *sized]}
         return {"prune_ratio": 1 - reached["keep_ratio"], **reached}
+
+    def _rerouted(self, widths: Widths) -> list[Tensor]:
+        return rerouted(self.usage, widths=widths, before=self.whole)
 
     def least(self, *, align: int) -> list[list[int]]:
         """Widths that no plan of blocks of `align` undercuts: one block in each expert that a token needs."""

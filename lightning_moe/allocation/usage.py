@@ -15,23 +15,33 @@ def usage_shares(statistics: CalibrationStatistics, *, corpora: Sequence[str] | 
     return [sums["count"] / sums["num_tokens"] for sums in statistics.total(corpora)]
 
 
-def rerouted(usage: Sequence[Tensor], *, widths: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Usage once experts of width 0 are gone: a token still takes top-k, so those that stay share theirs in proportion.
+def rerouted(
+    usage: Sequence[Tensor], *, widths: Sequence[Sequence[int]], before: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Usage once experts are gone: a token still takes top-k, so those that stay share theirs in proportion.
+
+    An expert is gone where it had channels before and has none now. One that had none was calibrated so: a novice keeps
+    its tokens, a masked expert has none.
 
     An estimate, since only the cut model's router knows. On the shipped model it was 0 to 5 % above what was measured
     (0.1 to 2 % at budgets of 35 to 75 % active), where holding the calibrated gates was up to 11 % below it for
-    channels, and by half where whole experts go. Where nobody that stays was ever used, all are used alike.
+    channels, and by half where whole experts go. Where nobody that stays was ever used, all with channels are used
+    alike.
 
     Args:
         usage: Per layer, the share of tokens routed to each expert [E].
         widths: Per layer, kept channels of each expert, at least one above 0.
+        before: The same of the model that was calibrated.
     """
-    return [_rerouted(share_E, alive_E=torch.tensor(own) > 0) for share_E, own in zip(usage, widths, strict=True)]
+    return [
+        _rerouted(share_E, width_E=torch.tensor(own), before_E=torch.tensor(earlier))
+        for share_E, own, earlier in zip(usage, widths, before, strict=True)
+    ]
 
 
-def _rerouted(share_E: Tensor, *, alive_E: Tensor) -> Tensor:
-    left_E = share_E * alive_E
-    left_E = left_E if left_E.sum() > 0 else alive_E.to(share_E.dtype)
+def _rerouted(share_E: Tensor, *, width_E: Tensor, before_E: Tensor) -> Tensor:
+    left_E = share_E * ((width_E > 0) | (before_E == 0))
+    left_E = left_E if left_E.sum() > 0 else (width_E > 0).to(share_E.dtype)
     return left_E * (share_E.sum() / left_E.sum())
 
 

@@ -303,3 +303,8 @@ class TextReader:
                 what = "only padding" if num_batches else "no batch"
                 raise ValueError(f"Corpus '{corpus}' has {what}. Give it text, or leave it out.")
         return int(self._counts[:, 1].sum())
+
+    @property
+    def num_tokens(self) -> dict[str, int]:
+        """After `check_not_empty`: the tokens of each corpus that count."""
+        return dict(zip(self.loaders, self._counts[:, 1].tolist(), strict=True))

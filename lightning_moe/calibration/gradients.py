@@ -27,7 +27,7 @@ _Receiver = Callable[[Tensor], None]
 def collect_gradients(
     model: PreTrainedModel, *, loaders: Mapping[str, Iterable[Batch]], progress: bool = True
 ) -> dict[str, tuple[dict[str, Tensor], ...]]:
-    """`loss_snip` and `loss_taylor` of every channel, for `CalibrationStatistics.with_sums`.
+    """`loss_snip` and `loss_taylor` of every channel, for `CalibrationStatistics.with_sums`; with `num_tokens`.
 
     For a sequence (a row of a batch) with next-token loss L in nats, summed over its tokens, `d_c = sum_t h_c dL/dh_c`
     is the derivative of L with respect to a factor on channel c. It also goes through the gate weights of later layers;
@@ -43,7 +43,7 @@ def collect_gradients(
         progress: show a progress bar.
 
     Returns:
-        Corpus -> one mapping per MoE layer -> statistic name -> float64 `[C]` on the CPU.
+        Corpus -> one mapping per MoE layer -> statistic name -> float64 `[C]` on the CPU; and `num_tokens`.
 
     Raises:
         ValueError: experts packed to 4 bit, no corpus, an empty one, or one of padding only.
@@ -51,7 +51,7 @@ def collect_gradients(
     if not loaders:
         raise ValueError("Gradients need at least one corpus, got none.")
     layers = moe_layers(model)
-    _refuse_packed(layers)
+    check_unpacked(layers)
     reader = TextReader(loaders, device=model.device, progress=progress, title="Gradients")
     observer = _GradientObserver(layers)
     with evaluating(model), observed(layers, observer=observer), _differentiable_inputs(model):
@@ -60,8 +60,11 @@ def collect_gradients(
             loss = _summed_loss(model(**inputs, use_cache=False).logits, inputs)
             loss.backward()
     reader.check_not_empty()
+    counts = {name: torch.tensor(float(count), dtype=torch.float64) for name, count in reader.num_tokens.items()}
     return {
-        corpus: tuple({name: value_C.cpu() for name, value_C in sums.items()} for sums in totals)
+        corpus: tuple(
+            {name: value_C.cpu() for name, value_C in sums.items()} | {"num_tokens": counts[corpus]} for sums in totals
+        )
         for corpus, totals in observer.totals.items()
     }
 
@@ -160,7 +163,12 @@ def _differentiable_inputs(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _refuse_packed(layers: Iterable[MoeLayer]) -> None:
+def check_unpacked(layers: Iterable[MoeLayer]) -> None:
+    """Refuses experts in 4 bit.
+
+    Raises:
+        ValueError: with the name of the layer.
+    """
     for layer in layers:
         experts = layer.base_experts
         if isinstance(experts, ChannelExperts) and experts.packed:

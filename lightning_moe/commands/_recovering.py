@@ -11,14 +11,13 @@ from lightning import Trainer, seed_everything
 
 from callbacks import ExportPruned, Recovery
 from lightning_moe.adapters.inject import AdapterConfig
-from lightning_moe.evaluation.compare import Comparison, Row, StageSpec
+from lightning_moe.evaluation.compare import CONTROL, Comparison, Row, StageSpec
 from lightning_moe.evaluation.compare.digests import settings_digest, text_digest
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.module import RecoveryModule
 
 log = logging.getLogger(__name__)
 
-CONTROL = "dense_nf4"
 _INHERITED = ("method", "settings", "ratio", "bits", "repair", "sample", "calibrations", "novices", "export")
 
 
@@ -47,7 +46,7 @@ class ShortRecovery:
     seed: int = 0
 
     def check(self, specs: Sequence[StageSpec]) -> None:
-        """Refuses rows that are not there or not in 4 bit, before anything runs.
+        """Refuses rows that are not there or not in 4 bit, and lacks of their control, before anything runs.
 
         Raises:
             ValueError: with their names.
@@ -60,6 +59,12 @@ class ShortRecovery:
         unknown = sorted(set(self.rows) - set(known))
         if unknown:
             raise ValueError(f"`recovery.rows` must name rows in 4 bit, got {unknown}; there are {known}.")
+        control = [spec for spec in specs if spec.name == CONTROL.name and spec.bits == 4 and not spec.requested_ratio]
+        if not control:
+            raise ValueError(
+                f"`recovery` needs the unpruned model in 4 bit as its control, under the name '{CONTROL.name}': add it "
+                "to `stages` with `prune_ratio: 0` and `bits: 4`."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +85,7 @@ class RecoveryRun:
         """The recovered rows, the control first."""
         by_name = {row["name"]: row for row in made}
         text = text_digest({"train": self.data.train_dataloader()})
-        for name in dict.fromkeys([CONTROL, *self.settings.rows]):
+        for name in dict.fromkeys([CONTROL.name, *self.settings.rows]):
             yield self._recovered(by_name[name], text=text)
 
     def _recovered(self, row: Row, *, text: str) -> Row:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 import torch
@@ -22,6 +23,22 @@ def resolve_device(device: Device) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def results_folder(out: str) -> Path:
+    """The folder of results, made before any work is done.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"`out` must be a folder that can be written to, got '{out}': {error}.") from error
+    return folder
 
 
 def load_on(model: str, *, dtype: DtypeName, device: Device, any_family: bool = False) -> PreTrainedModel:

@@ -3,8 +3,9 @@
 import logging
 
 from lightning_moe.calibration.collector import collect_statistics
-from lightning_moe.calibration.gradients import collect_gradients
+from lightning_moe.calibration.gradients import check_unpacked, collect_gradients
 from lightning_moe.commands._shared import Device, load_on
+from lightning_moe.models.discovery import moe_layers
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.training.data import TextDataModule
 
@@ -34,8 +35,11 @@ def calibrate(
         device: Where it runs; `auto` is the GPU if there is one.
     """
     loaded = load_on(model, dtype=dtype, device=device)
-    statistics = collect_statistics(loaded, loaders=data.calibration_dataloaders(), moments=moments)
     if gradients:
-        statistics = statistics.with_sums(collect_gradients(loaded, loaders=data.calibration_dataloaders()))
+        check_unpacked(moe_layers(loaded))
+    statistics = collect_statistics(loaded, loaders=data.calibration_dataloaders(), moments=moments)
     statistics.save(out)
+    if gradients:
+        log.info("Statistics of the forward pass written to %s; gradients follow.", out)
+        statistics.with_sums(collect_gradients(loaded, loaders=data.calibration_dataloaders())).save(out)
     log.info("Statistics of corpora %s written to %s.", list(statistics.corpora), out)

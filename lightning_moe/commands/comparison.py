@@ -1,19 +1,26 @@
 """The command `compare`."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from lightning_moe.commands._matrix import run_matrix
-from lightning_moe.commands._recovering import CONTROL, RecoveryRun, ShortRecovery
-from lightning_moe.commands._shared import Device, held_out, resolve_device
-from lightning_moe.evaluation.compare import Comparison, Grid, Measures, Row, StageSpec, check_names, needs_gradients
+from lightning_moe.commands._recovering import RecoveryRun, ShortRecovery
+from lightning_moe.commands._shared import Device, held_out, resolve_device, results_folder
+from lightning_moe.commands._tasks import TaskRequest
+from lightning_moe.evaluation.compare import (
+    CONTROL,
+    DENSE,
+    Comparison,
+    Grid,
+    Measures,
+    Row,
+    StageSpec,
+    check_names,
+    needs_gradients,
+)
 from lightning_moe.evaluation.compare.digests import Loaders
 from lightning_moe.evaluation.compare.tables import write_comparison
 from lightning_moe.evaluation.matrix import Matrix
-from lightning_moe.evaluation.tasks import evaluate_tasks, plan_tasks
 from lightning_moe.files import write_atomically
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.progress import quiet
@@ -35,8 +42,10 @@ def compare(
     statistics: str | None = None,
     recovery: ShortRecovery | None = None,
     agreement: bool = False,
-    tasks: list[str] | None = None,
+    tasks: list[str] | str | None = None,
     limit: int | None = None,
+    seed: int = 0,
+    allow_code_execution: bool = False,
     baseline: str | None = None,
     keep_models: bool | None = None,
     reuse: bool = True,
@@ -54,12 +63,15 @@ def compare(
         data: The data module; `calibration` for statistics and repair, `validation` to evaluate, `train` to recover.
         grid: Rows for every combination of methods, ratios, samples, repairs and bits.
         stages: Single rows, instead or besides.
-        matrix: Calibrate on each corpus, evaluate on each; true: the default one. Writes `matrix.json` beside the rest.
+        matrix: Calibrate on each corpus, evaluate on each; `--matrix true`: the default one. Writes
+            `matrix.json` beside the rest.
         statistics: File written by `calibrate`, for one sample; null: gathered here, once per sample.
         recovery: Train some rows for a while, and the unpruned model as their control.
         agreement: Also KL divergence from the dense model and agreement with its likeliest tokens.
-        tasks: Also zero-shot tasks, by name or preset.
-        limit: Items of each task; null: all.
+        tasks: Also zero-shot tasks of lm_eval, or presets (see `evaluate`). A list, or names with commas.
+        limit: Items of each task, drawn by `seed`; null: all.
+        seed: Seed of the tasks' items and of few-shot examples.
+        allow_code_execution: Tasks may run Python programs that the model wrote, with your rights.
         baseline: Method of the grid: the table also shows each row's loss minus that of the baseline's row without
             repair, of the same ratio, bits and sample.
         keep_models: Leave the models in `<out>/models`; null: those of `stages`.
@@ -67,34 +79,37 @@ def compare(
         dtype: Type of the weights while they are cut and evaluated.
         device: Where it runs; `auto` is the GPU if there is one.
     """
-    if matrix:
-        run_matrix(matrix, model=model, out=Path(out), data=data, reuse=reuse, dtype=dtype, device=device)
-        if grid is None and not stages:
-            return
-    specs = _specs(grid, stages, recovery=recovery, baseline=baseline)
+    alone = bool(matrix) and grid is None and not stages
+    specs = [] if alone else _specs(grid, stages, recovery=recovery, baseline=baseline)
     given = _statistics(statistics, specs=specs)
-    measured = {} if tasks is None else _task_measures(tasks, limit=limit, data=data)
+    _check_text(data, specs=specs, train=recovery is not None and not alone)
+    asked = None
+    if tasks is not None:
+        asked = TaskRequest(tasks=tasks, limit=limit, seed=seed, allow_code_execution=allow_code_execution)
+    folder = results_folder(out)
+    if matrix:
+        run_matrix(matrix, model=model, out=folder, data=data, reuse=reuse, dtype=dtype, device=device)
+    if alone:
+        return
+    measured = {} if asked is None else {"tasks": asked.scores(data.tokenizer), "task_settings": asked.decides}
     kept = specs if keep_models else (stages or []) if keep_models is None else []
 
     def calibration(sample: int) -> Loaders:
-        return data.calibration_dataloaders(sample=None if given is not None or grid is None else sample)
+        return data.calibration_dataloaders(sample=sample)
 
     comparison = Comparison(
         source=model,
         calibration=calibration,
         measures=Measures(held_out=held_out(data), dtype=dtype, device=resolve_device(device), **measured),
-        out=Path(out),
+        out=folder,
         statistics=given,
         agreement=agreement,
         gradients=needs_gradients(specs),
         keep={spec.name for spec in kept} | _to_train(recovery),
         reuse=reuse,
     )
-    with quiet("lightning_moe.surgery", "lightning_moe.calibration"):
-        rows = comparison.run(specs)
-        if recovery is not None:
-            rows += RecoveryRun(settings=recovery, comparison=comparison, data=data).rows(rows)
-    _write(Path(out), rows, baseline=baseline)
+    run = None if recovery is None else RecoveryRun(settings=recovery, comparison=comparison, data=data)
+    _make_and_write(comparison, specs, recovery=run, baseline=baseline)
 
 
 def _specs(
@@ -103,7 +118,9 @@ def _specs(
     """All rows that are asked for, checked."""
     specs = [*([] if grid is None else grid.rows()), *(stages or [])]
     if not specs:
-        raise ValueError("`compare` needs a `grid` or `stages`, got neither: name methods and ratios.")
+        raise ValueError("`compare` needs a `grid`, `stages` or a `matrix`, got none: name methods and ratios.")
+    if recovery is not None and all(spec.name != CONTROL.name for spec in specs):
+        specs.insert(0, CONTROL)
     check_names(specs)
     if baseline is not None and baseline not in {spec.columns()["method"] for spec in specs}:
         raise ValueError(f"`baseline` must be a method of the grid, got '{baseline}'.")
@@ -114,7 +131,7 @@ def _specs(
 
 def _statistics(file: str | None, *, specs: Sequence[StageSpec]) -> CalibrationStatistics | None:
     samples = {spec.sample for spec in specs}
-    if file is not None and samples != {0}:
+    if file is not None and samples - {0}:
         raise ValueError(
             f"`statistics` is one file, and the rows ask for {len(samples)} samples of the text. Leave `statistics` "
             "out, and they are gathered for each."
@@ -128,18 +145,33 @@ def _statistics(file: str | None, *, specs: Sequence[StageSpec]) -> CalibrationS
     return given
 
 
-def _task_measures(tasks: list[str], *, limit: int | None, data: TextDataModule) -> Mapping[str, Any]:
-    plan_tasks(tasks)  # refuses unknown ones before anything runs
-    scores = partial(evaluate_tasks, tokenizer=data.tokenizer, tasks=tasks, limit=limit)
-    return {"tasks": scores, "task_settings": {"tasks": tasks, "limit": limit}}
+def _check_text(data: TextDataModule, *, specs: Sequence[StageSpec], train: bool) -> None:
+    """Refuses samples that the text is too short for, and a recovery without text."""
+    for sample in sorted({spec.sample for spec in specs}):
+        data.calibration_dataloaders(sample=sample)
+    if train:
+        data.train_dataloader()
 
 
 def _to_train(recovery: ShortRecovery | None) -> set[str]:
-    return set() if recovery is None else {CONTROL, *recovery.rows}
+    return set() if recovery is None else {CONTROL.name, *recovery.rows}
 
 
-def _write(folder: Path, rows: Sequence[Row], *, baseline: str | None) -> None:
-    table = write_comparison(folder, rows, baseline=baseline)
-    with write_atomically(folder / "pareto.png") as temporary:
-        temporary.write_bytes(figures.png_bytes(figures.pareto(rows)))
-    log.info("%s\n\nRows: %s", table, folder / "compare.json")
+def _make_and_write(
+    comparison: Comparison, specs: Sequence[StageSpec], *, recovery: RecoveryRun | None, baseline: str | None
+) -> None:
+    """All rows, their table and figure; the table of those that there are where one fails."""
+    recovered: list[Row] = []
+    table = ""
+    try:
+        with quiet("lightning_moe.surgery", "lightning_moe.calibration"):
+            rows = comparison.run(specs)
+            recovered.extend([] if recovery is None else recovery.rows(rows))
+    finally:
+        names = [DENSE.name, *(spec.name for spec in specs)]
+        made = [comparison.made[name] for name in names if name in comparison.made]
+        if DENSE.name in comparison.made:
+            table = write_comparison(comparison.out, [*made, *recovered], baseline=baseline)
+    with write_atomically(comparison.out / "pareto.png") as temporary:
+        temporary.write_bytes(figures.png_bytes(figures.pareto([*made, *recovered])))
+    log.info("%s\n\nRows: %s", table, comparison.out / "compare.json")

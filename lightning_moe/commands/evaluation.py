@@ -1,17 +1,24 @@
 """The command `evaluate`."""
 
 import logging
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lightning_moe.assets import resolve_asset
-from lightning_moe.commands._shared import Device, Loaders, held_out, load_on, resolve_device, tokenizer_beside
+from lightning_moe.commands._shared import (
+    Device,
+    Loaders,
+    held_out,
+    load_on,
+    resolve_device,
+    results_folder,
+    tokenizer_beside,
+)
+from lightning_moe.commands._tasks import TaskRequest
 from lightning_moe.evaluation.agreement import DenseReference
-from lightning_moe.evaluation.stages import Stage, evaluate_stage, save_stage
-from lightning_moe.evaluation.tasks import evaluate_tasks, plan_tasks, tasks_table
+from lightning_moe.evaluation.stages import Stage, check_stage_name, evaluate_stage, save_stage
+from lightning_moe.evaluation.tasks import tasks_table
 from lightning_moe.evaluation.windows import SlidingWindows
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.training.data import TextDataModule
@@ -56,13 +63,12 @@ def evaluate(
         dtype: Type of the unpacked weights.
         device: Where it runs; `auto` is the GPU if there is one.
     """
-    scoring: Any = None
+    check_stage_name(name)
+    scoring = None
     if tasks is not None:
-        settings: Any = {"tasks": tasks.split(",") if isinstance(tasks, str) else tasks}
-        settings["allow_code_execution"] = allow_code_execution
-        plan_tasks(**settings)
-        tokenizer = tokenizer_beside(model) or data.tokenizer
-        scoring = partial(evaluate_tasks, tokenizer=tokenizer, limit=limit, seed=seed, **settings)
+        asked = TaskRequest(tasks=tasks, limit=limit, seed=seed, allow_code_execution=allow_code_execution)
+        scoring = asked.scores(tokenizer_beside(model) or data.tokenizer)
+    folder = results_folder(out)
     loaders = held_out(data) if stride is None else sliding(data, stride=stride)
     dense = None
     if reference is not None:
@@ -79,8 +85,8 @@ def evaluate(
         reference=dense,
         tasks=scoring,
     )
-    save_stage(out, stage=row)
-    _log_row(row, file=Path(out) / "stages" / f"{name}.json")
+    save_stage(folder, stage=row)
+    _log_row(row, file=folder / "stages" / f"{name}.json")
 
 
 def _log_row(row: Stage, *, file: Path) -> None:

@@ -61,7 +61,7 @@ def plan(
     """
     if all(value is None for value in (prune_ratio, keep_ratio, budget, stored_params, active)):
         raise ValueError(
-            "Say how much to cut: one of `prune_ratio`, `keep_ratio`, `budget`, `stored_params`, `active`."
+            "Say how much to cut: `prune_ratio`, `keep_ratio`, `budget`, `stored_params`, `active`, one or several."
         )
     wanted = Budget(
         prune_ratio=prune_ratio,
@@ -72,11 +72,22 @@ def plan(
     )
     if wanted.needs_sizes and model is None:
         raise ValueError("`budget` and `stored_params` need `model`, whose config says what is stored. Name the model.")
-    sizes = None if model is None else read_sizes(model, bits=bits, dtype=dtype)
+    sizes = None if model is None else _sizes(model, bits=bits, dtype=dtype, needed=wanted.needs_sizes)
     chosen, measured = build_method(method, **(method_args or {})), CalibrationStatistics.load(statistics)
     spent = spend_budget(chosen, measured, budget=wanted, sizes=sizes, corpora=corpora)
     spent.plan.save(out)
     log.info("%s\n%s\nPlan written to %s.", spent.plan.summary(), _table(spent, wanted, sizes=sizes), out)
+
+
+def _sizes(model: str, *, bits: Bits, dtype: DtypeName, needed: bool) -> ModelSizes | None:
+    """Sizes of the model's files; where no budget asks for them, none if they cannot be told."""
+    try:
+        return read_sizes(model, bits=bits, dtype=dtype)
+    except ValueError as error:
+        if needed:
+            raise
+        log.warning("Bytes and parameters are not counted: %s", error)
+        return None
 
 
 def _table(spent: BudgetPlan, budget: Budget, *, sizes: ModelSizes | None) -> str:

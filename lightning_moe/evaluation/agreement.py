@@ -18,6 +18,8 @@ from lightning_moe.progress import hidden as bar_hidden
 
 # Log-probabilities of so many tokens are in memory at once: 50 MB each for a vocabulary of 49,152.
 _TOKENS_AT_ONCE = 256
+# So many show the factor between the head's output and the logits.
+_TOKENS_OF_SCALE = 16
 
 Batch = Mapping[str, Tensor]
 
@@ -35,6 +37,11 @@ def predicted(labels_BS: Tensor) -> tuple[Tensor, Tensor]:
     next_BS = torch.cat([labels_BS[:, 1:], torch.full_like(labels_BS[:, :1], -100)], dim=1)
     counted_BS = next_BS != -100
     return counted_BS, next_BS[counted_BS]
+
+
+def _indices(counted_BS: Tensor) -> Tensor:
+    """Sequence and position of each predicted token `[2, N]`: a part of the logits is read without copying them all."""
+    return torch.stack(counted_BS.nonzero(as_tuple=True))
 
 
 def divergence(logits_NV: Tensor, dense_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +92,9 @@ class DenseReference:
                         logits_BSV = model(**inputs, use_cache=False).logits
                         hidden_NH = seen[0][counted_BS]
                         corpora[name].append(_DenseBatch(token_N=token_N.cpu(), hidden_NH=hidden_NH.cpu()))
-                        scale = _head_scale(head, hidden_NH, logits_BSV[counted_BS]) if scale is None else scale
+                        if scale is None:
+                            index_2N = _indices(counted_BS)[:, :_TOKENS_OF_SCALE]
+                            scale = _head_scale(head, hidden_NH[:_TOKENS_OF_SCALE], logits_BSV[tuple(index_2N)])
         finally:
             hook.remove()
         return cls(head=copy.deepcopy(head), scale=scale or 1.0, corpora=corpora)
@@ -109,8 +118,8 @@ def _head_scale(head: nn.Module, hidden_NH: Tensor, logits_NV: Tensor) -> float 
     """The factor some families put between the head's output and the logits (Granite); None without a token."""
     if not len(hidden_NH):
         return None
-    raw_NV = head(hidden_NH[:16]).double()
-    asked_NV = logits_NV[:16].double()
+    raw_NV = head(hidden_NH).double()
+    asked_NV = logits_NV.double()
     scale = float((raw_NV * asked_NV).sum() / raw_NV.square().sum())
     if not torch.allclose(raw_NV * scale, asked_NV, rtol=2e-2, atol=1e-2 * float(asked_NV.abs().max())):
         raise ValueError("The logits of this model are not its head's output times a constant: no reference of it.")
@@ -144,16 +153,17 @@ class Agreement:
         dense = next(self._batches, None)
         if dense is None or not torch.equal(dense.token_N, token_N.cpu()):
             raise ValueError(f"The dense model saw other batches of corpus '{self._corpus}'. Use the same loaders.")
-        logits_NV = logits_BSV[counted_BS]
+        index_2N = _indices(counted_BS)
         for start in range(0, len(token_N), _TOKENS_AT_ONCE):
             part = slice(start, start + _TOKENS_AT_ONCE)
+            logits_NV = logits_BSV[tuple(index_2N[:, part])]
             dense_logits_NV = self._reference.logits(dense.hidden_NH[part].to(logits_NV.device))
             if dense_logits_NV.shape[-1] != logits_NV.shape[-1]:
                 raise ValueError(
                     f"The dense model has {dense_logits_NV.shape[-1]} tokens and this one {logits_NV.shape[-1]}: "
                     "only models of one tokenizer can be compared."
                 )
-            kl_N, same_N = divergence(logits_NV[part], dense_logits_NV)
+            kl_N, same_N = divergence(logits_NV, dense_logits_NV)
             self._kl += float(kl_N.double().sum())
             self._same += float(same_N.sum())
         self._num_tokens += len(token_N)

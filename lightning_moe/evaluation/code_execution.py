@@ -3,6 +3,7 @@
 That is no sandbox: a program can do whatever this user can. Hence nothing runs without an explicit flag.
 """
 
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -17,13 +18,18 @@ SECONDS = 5.0
 
 
 def passes(program: str, *, seconds: float = SECONDS) -> bool:
-    """Whether a Python program ends without an error in time; alone in an empty folder, with an empty environment."""
+    """Whether a Python program comes to its last line, and ends without an error in time.
+
+    It runs alone in an empty folder, with an empty environment, and not as `__main__`, as if it was imported. What
+    follows its last line leaves a file of a random name: a program that exits before does not pass.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "program.py"
-        file.write_text(program, encoding="utf-8", errors="replace")
+        file, reached = Path(folder) / "program.py", Path(folder) / secrets.token_hex()
+        ending = f"\n__import__('pathlib').Path({str(reached)!r}).touch()\n"
+        file.write_text(program + ending, encoding="utf-8", errors="replace")
         try:
             done = subprocess.run(
-                [sys.executable, "-I", str(file)],
+                [sys.executable, "-I", "-c", f"import runpy; runpy.run_path({str(file)!r}, run_name='program')"],
                 cwd=folder,
                 env={},
                 timeout=seconds,
@@ -34,7 +40,7 @@ def passes(program: str, *, seconds: float = SECONDS) -> bool:
             )
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+        return done.returncode == 0 and reached.exists()
 
 
 class PassAtOne:
@@ -51,12 +57,12 @@ class PassAtOne:
 
 @contextmanager
 def local_code_eval() -> Iterator[None]:
-    """While lm_eval's code tasks are loaded inside the block, they get `PassAtOne` and not the hub's metric."""
+    """While lm_eval's code tasks are loaded inside the block, `code_eval` is `PassAtOne` and not the hub's metric."""
+    hub_load: Any = evaluate.load
 
-    def load(_name: str, *_args: Any, **_kwargs: Any) -> PassAtOne:
-        return PassAtOne()
+    def load(path: str, *args: Any, **kwargs: Any) -> Any:
+        return PassAtOne() if path == "code_eval" else hub_load(path, *args, **kwargs)
 
-    hub_load = evaluate.load
     evaluate.load = load  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield

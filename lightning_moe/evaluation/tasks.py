@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,8 @@ TASK_PRESETS: dict[str, tuple[str, ...]] = {
 }
 # Folders of lm_eval that hold these tasks: reading the index of all 14,000 tasks takes seven seconds.
 _FOLDERS = ("arc", "super_glue/boolq", "hellaswag", "piqa", "winogrande", "openbookqa", "sciq", "mmlu/default")
+# What names a member of a group of lm_eval; the rest changes the configs of its tasks.
+_MEMBER_KEYS = frozenset({"task", "group"})
 _FOLDERS_GENERATING = ("gsm8k", "humaneval", "mbpp")
 
 
@@ -42,34 +44,45 @@ class PlannedTask:
     parts: Mapping[str, TaskSource]
 
 
-def plan_tasks(tasks: Sequence[str], *, allow_code_execution: bool = False) -> list[PlannedTask]:
+def plan_tasks(
+    tasks: Sequence[str], *, limit: int | None = None, allow_code_execution: bool = False
+) -> list[PlannedTask]:
     """Resolves presets and finds the items of every task, without a model.
 
     Args:
         tasks: names of tasks or groups of lm_eval, or of `TASK_PRESETS`.
+        limit: see `evaluate_tasks`.
         allow_code_execution: tasks may run programs that the model wrote.
 
     Raises:
-        ValueError: lm_eval is not installed, no tasks, an unknown one, one that runs generated code without the flag,
-            or local files lack a split.
+        ValueError: lm_eval is not installed, `limit` below 1, no tasks, an unknown one, one that runs generated code
+            without the flag, a group whose members cannot be told apart, or local files lack a split.
     """
     if find_spec("lm_eval") is None:
         raise ValueError("Tasks need EleutherAI's lm_eval: `pip install 'lightning_moe[eval]'`.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1 or null for all items, got {limit}.")
     names = list(dict.fromkeys(name for task in tasks for name in TASK_PRESETS.get(task, (task,))))
     if not names:
         raise ValueError(f"`tasks` is empty. Name tasks of lm_eval or presets: {', '.join(TASK_PRESETS)}.")
     index = _index(names)
     planned: list[PlannedTask] = []
     for name in names:
-        configs = {part: index.task_index[part].cfg for part in _parts(name, index=index)}
+        asked = _parts(name, index=index)
+        configs = {part: {**index.task_index[part].cfg, **settings} for part, settings in asked.items()}
         unsafe = [part for part, config in configs.items() if config.get("unsafe_code")]
         if unsafe and not allow_code_execution:
             raise ValueError(
                 f"Task '{unsafe[0]}' runs Python programs that the model wrote, with the rights of this user. Give "
                 "`allow_code_execution` (`--allow_code_execution true`) if this machine may run them."
             )
-        planned.append(PlannedTask(name=name, parts={part: task_source(cfg) for part, cfg in configs.items()}))
+        planned.append(PlannedTask(name=name, parts={part: _source(configs[part], asked[part]) for part in asked}))
     return planned
+
+
+def _source(config: Mapping[str, Any], asked: Mapping[str, Any]) -> TaskSource:
+    source = task_source(config)
+    return replace(source, overrides={**asked, **source.overrides})
 
 
 @cache
@@ -100,14 +113,26 @@ def _index(names: Sequence[str]) -> Any:
     return manager
 
 
-def _parts(name: str, *, index: Any) -> list[str]:
-    """The single tasks of a task, group or tag, each once."""
+def _parts(name: str, *, index: Any, settings: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """The single tasks of a task, group or tag, each with what its groups change in its config; the inner group wins.
+
+    Raises:
+        ValueError: a group defines another one within itself, or has one task with different settings.
+    """
+    outer = dict(settings or {})
     if name in index.all_subtasks:
-        return [name]
+        return {name: outer}
     entry = index.task_index[name]
-    members = sorted(entry.tags) if name in index.all_tags else entry.cfg["task"]
-    inner = [member if isinstance(member, str) else member.get("task") or member["group"] for member in members]
-    return list(dict.fromkeys(part for member in inner for part in _parts(member, index=index)))
+    parts: dict[str, dict[str, Any]] = {}
+    for member in sorted(entry.tags) if name in index.all_tags else entry.cfg["task"]:
+        member = {"task": member} if isinstance(member, str) else member
+        inner, own = member.get("task") or member["group"], {k: v for k, v in member.items() if k not in _MEMBER_KEYS}
+        if not isinstance(inner, str):
+            raise ValueError(f"Group '{name}' of lm_eval defines groups within itself. Name its tasks instead.")
+        for part, asked in _parts(inner, index=index, settings=outer | own).items():
+            if parts.setdefault(part, asked) != asked:
+                raise ValueError(f"Group '{name}' has '{part}' with different settings. Name its tasks instead.")
+    return parts
 
 
 @contextmanager
@@ -157,11 +182,9 @@ def evaluate_tasks(
         One row a task, see `lightning_moe.evaluation.task_rows`.
 
     Raises:
-        ValueError: see `plan_tasks`; `limit` below 1; or items can be found neither on this machine nor on the hub.
+        ValueError: see `plan_tasks`; or items can be found neither on this machine nor on the hub.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` must be at least 1 or null for all items, got {limit}.")
-    planned = plan_tasks(tasks, allow_code_execution=allow_code_execution)
+    planned = plan_tasks(tasks, limit=limit, allow_code_execution=allow_code_execution)
     from lightning_moe.evaluation.packed_lm import PackedLM
 
     if row_tokens is None:

@@ -202,7 +202,7 @@ def sizes_of(
         stored_dtype: Type that matrices are stored in (`save_ragged(dtype=...)`); the same if None.
 
     Raises:
-        ValueError: `bits` is neither 4 nor 16, the model cannot be stored in 4 bit or is so already.
+        ValueError: `bits` is neither 4 nor 16, the model cannot be stored in 4 bit or is so already, or has novices.
     """
     if bits not in get_args(Bits):
         raise ValueError(f"`bits` must be 16, or 4 for NF4, got {bits!r}.")
@@ -211,6 +211,11 @@ def sizes_of(
     earlier: Any = config.to_dict().get("quantization_config") or {}
     if bits == 16 and earlier.get("packed_experts", False):
         raise ValueError("This model is in 4 bit already, and stays so when it is cut: count it with `bits` 4.")
+    if earlier.get("novices"):
+        raise ValueError(
+            "This model has novices, whose constants are not counted: budget it by `prune_ratio`, `keep_ratio` or "
+            "`active`, or take the model as it was before they were made."
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype or config.dtype or torch.float32)
     return _measured(model, bits=bits, stored_dtype=stored_dtype)

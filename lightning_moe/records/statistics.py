@@ -42,6 +42,7 @@ class Statistic:
 
 
 # Sums over tokens (T) or routed pairs that are not padding; `max_*` are maxima. Formulas: README, calibration.
+# `input_sq`, squares of what goes into an expert, is for Wanda scores of single weights; no criterion here reads it.
 STATISTICS: Mapping[str, Statistic] = {
     "num_tokens": Statistic(dims=""),
     "layer_energy": Statistic(dims=""),
@@ -68,6 +69,12 @@ STATISTICS: Mapping[str, Statistic] = {
     "output_gram": Statistic(dims="EE", signed=True, optional=True),
     "loss_snip": Statistic(dims="C", signed=True, optional=True),
     "loss_taylor": Statistic(dims="C", optional=True),
+}
+# What `calibrate` gathers the optional ones with.
+_OPTIONS = {
+    name: "`gradients` true" if name.startswith("loss_") else "`moments` true"
+    for name, statistic in STATISTICS.items()
+    if statistic.optional
 }
 REQUIRED = frozenset(name for name, statistic in STATISTICS.items() if not statistic.optional)
 
@@ -120,7 +127,11 @@ class CalibrationStatistics:
         names = {frozenset(layer) for layers in self.corpora.values() for layer in layers}
         if len(names) > 1:
             differing = sorted(frozenset.union(*names) - frozenset.intersection(*names))
-            raise ValueError(f"Every corpus and layer must hold the same statistics; only some have {differing}.")
+            options = sorted({_OPTIONS[name] for name in differing if name in _OPTIONS})
+            raise ValueError(
+                f"Every corpus and layer must hold the same statistics; only some have {differing}. Calibrate all of "
+                f"them with the same options ({', '.join(options)})."
+            )
 
     def _check_weights(self) -> None:
         if len(self.weights) != len(self.shape.layers):
@@ -170,7 +181,7 @@ class CalibrationStatistics:
         """Statistics over the text of both; corpora of the same name add up.
 
         Raises:
-            ValueError: the two come from different models.
+            ValueError: the two come from different models, or a corpus of one lacks statistics that the other's have.
         """
         if self.shape != other.shape:
             raise ValueError("Statistics of models of different shape cannot be merged. Calibrate the same model.")
@@ -188,10 +199,11 @@ class CalibrationStatistics:
         """These statistics with further optional ones, those of gradients for instance.
 
         Args:
-            sums: every corpus -> one mapping per layer -> statistic name -> float64 tensor.
+            sums: every corpus -> one mapping per layer -> statistic name -> float64 tensor; where `num_tokens` is among
+                them, it must be that of these statistics.
 
         Raises:
-            ValueError: not the same corpora or layers, or what the constructor refuses.
+            ValueError: not the same corpora, layers or numbers of tokens, or what the constructor refuses.
         """
         sizes = {corpus: len(layers) for corpus, layers in sums.items()}
         wanted = dict.fromkeys(self.corpora, len(self.shape.layers))
@@ -199,8 +211,18 @@ class CalibrationStatistics:
             raise ValueError(
                 f"`sums` must be of the corpora and numbers of layers {wanted}, got {sizes}. Take the same text."
             )
+        for corpus, layers in self.corpora.items():
+            for own, more in zip(layers, sums[corpus], strict=True):
+                if not torch.equal(own["num_tokens"], more.get("num_tokens", own["num_tokens"])):
+                    raise ValueError(
+                        f"`sums` of corpus '{corpus}' are of {int(more['num_tokens'])} tokens, these statistics of "
+                        f"{int(own['num_tokens'])}. Take the same text."
+                    )
         corpora = {
-            corpus: tuple(dict(own) | dict(more) for own, more in zip(layers, sums[corpus], strict=True))
+            corpus: tuple(
+                dict(own) | dict(more) | {"num_tokens": own["num_tokens"]}
+                for own, more in zip(layers, sums[corpus], strict=True)
+            )
             for corpus, layers in self.corpora.items()
         }
         return replace(self, corpora=corpora)

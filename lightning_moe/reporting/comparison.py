@@ -1,5 +1,6 @@
 """What `compare.json` says, checked once and typed: rows, and what is the same but for the calibration sample."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,6 +62,7 @@ class Row:
         name: Of the row.
         setting: How it was made.
         sample: Which calibration sample.
+        settings: Of the method, without a seed, as JSON.
         nll: Mean loss over the corpora; NaN or infinite where the model broke.
         nll_per_corpus: Loss per corpus.
         stored_params: Parameters in the file.
@@ -76,6 +78,7 @@ class Row:
     name: str
     setting: Setting
     sample: int
+    settings: str
     nll: float
     nll_per_corpus: Mapping[str, float]
     stored_params: int | None
@@ -104,6 +107,7 @@ class Row:
             name=name,
             setting=_setting(row, method=method, where=where),
             sample=check_count(row, key="sample", where=where) or 0,
+            settings=_method_settings(row, where=where),
             nll=check_number(row, key="nll", where=where),
             nll_per_corpus={str(key): check_number(corpora, key=key, where=where) for key in corpora},
             tasks={str(key): _task_score(task, where=f"'{key}' of 'tasks' of {where}") for key, task in tasks.items()},
@@ -141,9 +145,16 @@ def _variant(row: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def _method_settings(row: Mapping[str, Any], *, where: str) -> str:
+    """A seed is another one for each sample, and tells nothing."""
+    settings = check_mapping(row.get("settings") or {}, where=f"'settings' of {where}")
+    return json.dumps({key: value for key, value in settings.items() if key != "seed"}, sort_keys=True)
+
+
 def _own_setting(row: Row, *, grouped: Mapping[Setting, Sequence[Row]]) -> Setting:
-    """The row's setting; with its name where another row of that setting and sample has come before."""
-    taken = any(other.sample == row.sample for other in grouped.get(row.setting, ()))
+    """The row's setting; with its name where one of that setting, but of that sample or other settings, came before."""
+    before = grouped.get(row.setting, ())
+    taken = any(other.sample == row.sample or other.settings != row.settings for other in before)
     return replace(row.setting, variant=row.name) if taken else row.setting
 
 

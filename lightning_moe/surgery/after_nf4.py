@@ -71,7 +71,8 @@ def rounded_rows(rows_kH: Tensor, *, gram_kk: Tensor, ridge: float) -> Tensor:
 
     Error feedback of GPTQ (arXiv 2210.17323) over channels, those with the largest Gram diagonal first: with
     `U^T U = (G + lambda m I)^-1`, U upper triangular, row c is rounded, and `U[c, j] / U[c, c]` of its error is taken
-    off each later row j. Packing the result gives these rows again.
+    off each later row j. In fp32 packing the result gives these rows again; where they are stored in 16 bit in
+    between, which rounds them, a few values get another code.
 
     Args:
         rows_kH: W'.

@@ -3,6 +3,7 @@
 C channels of a layer.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from lightning_moe.allocation.budget import check_count
+from lightning_moe.allocation.budget import check_count, check_prune_ratio
 from lightning_moe.allocation.methods import PruningMethod
 from lightning_moe.calibration.collector import Batch, collect_statistics
 from lightning_moe.calibration.processes import ALONE, Processes
@@ -73,9 +74,12 @@ def cut_in_stages(
         processes: those that share the work.
 
     Raises:
-        ValueError: no stages, or what method, statistics, repair or loaders are refused for.
+        ValueError: no stages, a ratio outside (0, 1), or what method, statistics, repair or loaders are refused for.
     """
     check_count(stages, name="stages", lowest=1)
+    check_prune_ratio(prune_ratio)
+    if prune_ratio == 0:
+        raise ValueError("`prune_ratio` of a cut in stages must be in (0, 1), got 0: there is nothing to cut.")
     shape, last = model_shape(model), stages - 1
     steps = [(stage, prune_ratio * (stage + 1) / stages) for stage in range(stages)]
     pruner = ScheduledPruner(model, schedule=steps, method=method, method_args=method_args, processes=processes)
@@ -99,8 +103,11 @@ def _fit(model: PreTrainedModel, plan: PrunePlan, *, after_nf4: bool, **options:
 def compose_plans(plans: Sequence[PrunePlan], *, shape: ModelShape, prune_ratio: float) -> PrunePlan:
     """Plans that were applied one after the other, as one plan of the model of the first.
 
+    Its provenance is that of the last, with the `statistics` of the first, which are of the same model; `stages` is a
+    JSON list of the ratio and the statistics of each.
+
     Args:
-        plans: at least one.
+        plans: at least one, each made by a method.
         shape: of the model before the first.
         prune_ratio: what the result says was asked for.
     """
@@ -108,5 +115,9 @@ def compose_plans(plans: Sequence[PrunePlan], *, shape: ModelShape, prune_ratio:
     for plan in plans[1:]:
         for total_C, keep_C in zip(keep, plan.keep, strict=True):
             total_C[total_C.clone()] = keep_C
-    provenance = {**plans[-1].provenance, "stages": str(len(plans))}
+    digests = [plan.provenance["statistics"] for plan in plans]
+    stages = [
+        {"prune_ratio": plan.prune_ratio, "statistics": digest} for plan, digest in zip(plans, digests, strict=True)
+    ]
+    provenance = {**plans[-1].provenance, "statistics": digests[0], "stages": json.dumps(stages)}
     return replace(plans[-1], shape=shape, prune_ratio=prune_ratio, keep=keep, provenance=provenance)

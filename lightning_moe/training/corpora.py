@@ -1,8 +1,7 @@
 """Named corpora: which file or hub data set, in which format, and how its records are read."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from lightning_moe.assets import ASSET_PREFIX, resolve_asset
+from lightning_moe.progress import quiet_datasets
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 FORMATS = ("text", "instruction", "messages")
@@ -37,7 +36,8 @@ class Corpus:
         separator: String that joins text documents instead of the end-of-text token (`"\n\n"` for WikiText's lines).
         subset: Configuration of the hub data set.
         split: Split of the hub data set.
-        max_tokens: Take only so many tokens; a hub data set is then streamed and not downloaded whole.
+        max_tokens: Take only so many tokens; a hub data set is then streamed and not downloaded whole. Where several
+            samples are asked for (`compare`), each takes the next so many.
         shuffle_seed: Read the records in an order shuffled by this seed; null keeps their order.
     """
 
@@ -77,11 +77,6 @@ def check_corpus(corpus: Corpus, *, name: str) -> None:
         _local_files(corpus.source, name=name)
 
 
-def shuffled(corpus: Corpus, *, sample: int | None) -> Corpus:
-    """Sample s of a corpus: records in the order of its `shuffle_seed` (0 if it has none) plus s; None: as it is."""
-    return corpus if sample is None else replace(corpus, shuffle_seed=(corpus.shuffle_seed or 0) + sample)
-
-
 def read_records(corpus: Corpus, *, name: str) -> Iterator[Record]:
     """Yield the records of a corpus, its fields checked on the first one.
 
@@ -112,24 +107,12 @@ def _open(corpus: Corpus, *, name: str) -> Dataset | IterableDataset:
         files = _local_files(corpus.source, name=name)
         builder = _BUILDERS[Path(files[0]).suffix]
         options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
-        with _quiet():
+        with quiet_datasets():
             records = load_dataset(builder, data_files={"train": files}, split="train", **options)
     else:
         streaming = corpus.max_tokens is not None
         records = load_dataset(corpus.source, corpus.subset, split=corpus.split, streaming=streaming)
     return records if corpus.shuffle_seed is None else records.shuffle(seed=corpus.shuffle_seed)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Local files convert in moments: without a bar for each, as `setup` shows one where it takes long."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def _is_local(source: str) -> bool:

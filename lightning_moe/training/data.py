@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_moe.calibration.processes import Processes
-from lightning_moe.training.corpora import Corpus, check_corpus, shuffled
+from lightning_moe.training.corpora import Corpus, check_corpus
 from lightning_moe.training.loading import Batch, EpochShuffle, EvenShare, ReadingPosition, ResumableLoader
 from lightning_moe.training.packing import Rows
 from lightning_moe.training.teacher_logits import TeacherLogits
@@ -96,7 +96,7 @@ class TextDataModule(LightningDataModule):
         self.drop_last = drop_last
         self._position = ReadingPosition()
         self._restored: dict[str, int] | None = None
-        self._rows: dict[tuple[Role, int | None], dict[str, Rows]] = {}
+        self._rows: dict[tuple[Role, int], dict[str, Rows]] = {}
         self._teacher: TeacherLogits | None = None
 
     @cached_property
@@ -123,13 +123,12 @@ class TextDataModule(LightningDataModule):
         for role in roles:
             self.rows(role)
 
-    def rows(self, role: Role, *, sample: int | None = None) -> Mapping[str, Rows]:
+    def rows(self, role: Role, *, sample: int = 0) -> Mapping[str, Rows]:
         """Packed rows by corpus of one role, made on first use.
 
         Args:
             role: Which corpora.
-            sample: Read the records shuffled, sample s by the corpus's `shuffle_seed` (0 if it has none) plus s;
-                None: as the corpus says.
+            sample: Samples of the same corpora share no token: sample s leaves out the first `s * max_tokens` of each.
 
         Raises:
             ValueError: See `lightning_moe.training.tokenization.corpus_rows` and `load_tokenizer`.
@@ -137,7 +136,8 @@ class TextDataModule(LightningDataModule):
         if (role, sample) not in self._rows:
             self._rows[role, sample] = {
                 name: corpus_rows(
-                    shuffled(corpus, sample=sample),
+                    corpus,
+                    sample=sample,
                     name=name,
                     tokenizer=self.tokenizer,
                     sequence_length=self.sequence_lengths[role],
@@ -228,7 +228,7 @@ class TextDataModule(LightningDataModule):
         size = self.validation_batch_size
         return {name: self._loader(rows, batch_size=size) for name, rows in self.rows("validation").items()}
 
-    def calibration_dataloaders(self, *, sample: int | None = None) -> dict[str, DataLoader[Batch]]:
+    def calibration_dataloaders(self, *, sample: int = 0) -> dict[str, DataLoader[Batch]]:
         """One loader per calibration corpus, always in the same order.
 
         Args:
@@ -242,7 +242,7 @@ class TextDataModule(LightningDataModule):
             for name, rows in self._required("calibration", sample=sample).items()
         }
 
-    def _required(self, role: Role, *, sample: int | None = None) -> Mapping[str, Rows]:
+    def _required(self, role: Role, *, sample: int = 0) -> Mapping[str, Rows]:
         if not self.corpora[role]:
             raise ValueError(
                 f"`data.{role}` names no corpora, but this command needs them. Add at least one, such as {_EXAMPLE}."

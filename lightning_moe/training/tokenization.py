@@ -49,23 +49,34 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def corpus_rows(
-    corpus: Corpus, *, name: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, keep_last: bool
+    corpus: Corpus,
+    *,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    keep_last: bool,
+    sample: int = 0,
 ) -> Rows:
     """Read, tokenise and pack one corpus; `keep_last` keeps the last, partial window of text, padded.
 
+    Sample s takes the tokens from `s * max_tokens` to `(s + 1) * max_tokens`, so that samples share none.
+
     Raises:
-        ValueError: See `read_records`; or the corpus has no text, is shorter than one row, or no example in it has a
-            token with loss.
+        ValueError: See `read_records`; or the corpus has no text, is shorter than one row, no example in it has a
+            token with loss, or it is too short for that sample.
     """
+    if sample and corpus.max_tokens is None:
+        raise ValueError(f"Corpus {name!r} needs `max_tokens`, which says how much text each of the samples takes.")
     records = read_records(corpus, name=name)
     padding: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if corpus.format == "text":
-        stream_T = _stream(records, corpus=corpus, name=name, tokenizer=tokenizer)
+        stream_T = _stream(records, corpus=corpus, name=name, tokenizer=tokenizer, sample=sample)
         _check_stream(stream_T, name=name, sequence_length=sequence_length, keep_last=keep_last)
         rows = pack_stream(stream_T, sequence_length=sequence_length, padding=padding, keep_last=keep_last)
     else:
         examples = _examples(records, corpus=corpus, name=name, tokenizer=tokenizer)
-        spans = list(_token_spans(examples, corpus=corpus, name=name, tokenizer=tokenizer))
+        spans = list(_token_spans(examples, corpus=corpus, name=name, tokenizer=tokenizer, sample=sample))
+        _check_sample(sum(len(span.input_ids) for span in spans), corpus=corpus, name=name, sample=sample)
         rows = pack_examples(spans, sequence_length=sequence_length, padding=padding)
         _check_examples(spans, name=name, sequence_length=sequence_length)
     _LOG.info("corpus %s: %d tokens in %d rows of %d", name, rows.num_tokens, len(rows), sequence_length)
@@ -100,20 +111,35 @@ def _check_examples(spans: list[TokenSpan], *, name: str, sequence_length: int) 
         )
 
 
-def _stream(records: Iterator[Record], *, corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Tokens of all non-empty documents, each begun as the tokenizer does and ended by end of text; to `max_tokens`."""
+def _check_sample(num_tokens: int, *, corpus: Corpus, name: str, sample: int) -> None:
+    """A later sample is about as long as the first one, or it would not show the spread of equal samples."""
+    if sample and corpus.max_tokens is not None and 2 * num_tokens < corpus.max_tokens:
+        raise ValueError(
+            f"Corpus {name!r} has {num_tokens} tokens left for sample {sample} of {corpus.max_tokens}: "
+            f"{sample + 1} samples that share no text do not fit. Lower its `max_tokens`, take fewer samples, or give "
+            "more text."
+        )
+
+
+def _stream(
+    records: Iterator[Record], *, corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase, sample: int
+) -> Tensor:
+    """Tokens of all non-empty documents, each begun as the tokenizer does and ended by end of text; a sample's part."""
     texts = (text_of(record, field=corpus.fields[0], name=name) for record in records)
     if corpus.separator is not None:
         texts = iter([corpus.separator.join(texts)])
     beginning = _beginning(tokenizer)
-    pieces, left = [np.empty(0, dtype=np.int32)], corpus.max_tokens
+    skipped = sample * (corpus.max_tokens or 0)
+    pieces, left = [np.empty(0, dtype=np.int32)], None if corpus.max_tokens is None else skipped + corpus.max_tokens
     for ids in _tokenise((text for text in texts if text), name=name, tokenizer=tokenizer):
         pieces.append(np.array([*beginning, *ids, tokenizer.eos_token_id], dtype=np.int32)[:left])
         if left is not None:
             left -= len(pieces[-1])
             if left == 0:
                 break
-    return torch.from_numpy(np.concatenate(pieces))
+    stream_T = torch.from_numpy(np.concatenate(pieces))[skipped:]
+    _check_sample(len(stream_T), corpus=corpus, name=name, sample=sample)
+    return stream_T
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -146,9 +172,10 @@ def _examples(
 
 
 def _token_spans(
-    examples: Iterator[Example], *, corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase
+    examples: Iterator[Example], *, corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase, sample: int
 ) -> Iterator[TokenSpan]:
-    """Tokenise the segments of each example by themselves, as generation does with a prompt; stop at `max_tokens`."""
+    """Tokenise the segments of each example by themselves, as generation does with a prompt; those of a sample."""
+    skipped = sample * (corpus.max_tokens or 0)
     beginning = [] if corpus.format == "messages" else _beginning(tokenizer)
     num_tokens = 0
     while batch := list(islice(examples, _RECORDS_AT_ONCE)):
@@ -159,6 +186,8 @@ def _token_spans(
             pieces = [(False, beginning), *((segment.learn, next(tokenised)) for segment in example)]
             ids = [token for _, piece in pieces for token in piece]
             num_tokens += len(ids)
-            if corpus.max_tokens is not None and num_tokens > corpus.max_tokens:
+            if corpus.max_tokens is not None and num_tokens > skipped + corpus.max_tokens:
                 return
+            if num_tokens <= skipped:
+                continue
             yield TokenSpan(input_ids=ids, learn=[learn for learn, piece in pieces for _ in piece])

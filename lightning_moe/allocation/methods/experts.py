@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_moe.allocation.budget import check_count
 from lightning_moe.allocation.expert_dropping import drop_experts, drop_experts_globally
-from lightning_moe.allocation.expert_subsets import MAX_SUBSETS, drop_subsets, num_subsets
+from lightning_moe.allocation.expert_subsets import MAX_SUBSETS, drop_subsets, tries_all_subsets
 from lightning_moe.allocation.methods.base import ExpertMethod, check_name
 from lightning_moe.criteria import EXPERT_CRITERIA
 from lightning_moe.records import CalibrationStatistics, ExpertScores, ModelShape
@@ -107,7 +107,8 @@ class ExpertSparsity(ExpertMethod):
     Deviations from the source: **re-routing is not modelled** (the paper runs the layer with the router restricted to
     the set, here gates are held, so that the stored Gram of `g z` gives every error exactly and no second pass is
     needed); the error is squared and of the routed sum; where there are too many sets for trying all, as the paper
-    does with 8 experts, experts go greedily. The plan's provenance says which. Needs `calibrate` with moments.
+    does with 8 experts, or experts differ in width, they go greedily. The plan's provenance says which. Needs
+    `calibrate` with moments.
 
     Args:
         max_subsets: Sets of experts that are tried at most in a layer; with more, experts go one by one.
@@ -138,7 +139,8 @@ class ExpertSparsity(ExpertMethod):
 
     def remarks(self, shape: ModelShape, *, prune_ratio: float) -> Mapping[str, str]:
         """Which search was used, and that tokens were not routed anew."""
-        exhaustive = (num_subsets(layer, prune_ratio=prune_ratio) <= self.max_subsets for layer in shape.layers)
+        settings = {"prune_ratio": prune_ratio, "max_subsets": self.max_subsets}
+        exhaustive = (tries_all_subsets(layer, **settings) for layer in shape.layers)
         counts = Counter("exhaustive" if every else "greedy" for every in exhaustive)
         search = ", ".join(f"{kind} in {count} layers" for kind, count in sorted(counts.items()))
         return {"search": next(iter(counts)) if len(counts) == 1 else search, "rerouting": "not modelled: gates held"}

@@ -6,10 +6,12 @@
 
 from lightning_moe.evaluation.compare.bench import CutModel, Measures, cut_copy, make_row
 from lightning_moe.evaluation.compare.grid import Grid, GridMethod, needs_gradients
-from lightning_moe.evaluation.compare.rows import Repair, Row, StageSpec
-from lightning_moe.evaluation.compare.run import Comparison, check_names, compare_stages
+from lightning_moe.evaluation.compare.rows import CONTROL, Repair, Row, StageSpec
+from lightning_moe.evaluation.compare.run import DENSE, Comparison, check_names, compare_stages
 
 __all__ = [
+    "CONTROL",
+    "DENSE",
     "Comparison",
     "CutModel",
     "Grid",

@@ -51,7 +51,12 @@ class Measures:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything that decides what is measured, in plain types."""
-        return {"held_out": text_digest(self.held_out), "dtype": self.dtype, "tasks": dict(self.task_settings)}
+        return {
+            "held_out": text_digest(self.held_out),
+            "dtype": self.dtype,
+            "device": torch.device(self.device).type,
+            "tasks": dict(self.task_settings),
+        }
 
     def of_folder(
         self, name: str, *, folder: str | Path, prune_ratio: float, seconds: float, adapter: str | Path | None = None
@@ -82,12 +87,12 @@ class CutModel:
         seconds: what plan, cut and repair took.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel = field(repr=False)
     plan: PrunePlan
     repaired: Repair
     seconds: float
 
-    def measure(self, name: str, *, bits: int, folder: Path, measures: Measures, keep: bool) -> Row:
+    def measure(self, name: str, *, bits: int, folder: Path, measures: Measures, keep: bool, last: bool = True) -> Row:
         """Saves the model in bfloat16 or NF4, reloads it, evaluates it; ask for 16 bit first.
 
         Args:
@@ -96,6 +101,7 @@ class CutModel:
             folder: where the model is saved.
             measures: what is measured.
             keep: leave the folder there; else it is removed.
+            last: the model in memory is given up once it is saved.
         """
         started = time.perf_counter()
         if bits == 4:
@@ -103,6 +109,8 @@ class CutModel:
         seconds = self.seconds + time.perf_counter() - started
         try:
             save_ragged(self.model, folder, dtype=torch.bfloat16)
+            if last:
+                vars(self).pop("model")  # or it would lie beside the one that is read from disk
             row = measures.of_folder(name, folder=folder, prune_ratio=self.plan.prune_ratio, seconds=seconds)
         finally:
             if not keep:
@@ -172,7 +180,10 @@ def staged_copy(
         stages=stages,
         repair=repair,
     )
-    return CutModel(model=model, plan=done.plan, repaired=repair, seconds=time.perf_counter() - started)
+    *first, last = done.stages
+    fitted = any(map(has_rows_to_fit, first)) or has_rows_to_fit(last, after_nf4=repair == "after_nf4")
+    seconds = time.perf_counter() - started
+    return CutModel(model=model, plan=done.plan, repaired=repair if fitted else False, seconds=seconds)
 
 
 def make_row(

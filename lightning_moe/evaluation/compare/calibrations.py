@@ -68,7 +68,9 @@ class SampleCalibration:
         if known and (made["gradients"] or not self.gradients):
             log.info("Statistics of '%s' are of this model and text: reused.", self.file)
             return CalibrationStatistics.load(self.file)
-        self._gather(CalibrationStatistics.load(self.file) if known else None).save(self.file)
+        gathered = self._gather(CalibrationStatistics.load(self.file) if known else None)
+        note.unlink(missing_ok=True)  # it never stands beside statistics that it does not describe
+        gathered.save(self.file)
         write_json(note, wanted | {"gradients": self.gradients})
         return CalibrationStatistics.load(self.file)
 

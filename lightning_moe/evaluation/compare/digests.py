@@ -21,11 +21,17 @@ def model_digest(source: str) -> str:
     """Of a model's config and of every byte of its weights.
 
     Raises:
-        ValueError: there is no such model (see `read_config`).
+        ValueError: there is no such model (see `read_config`), or none of its files is of weights.
     """
     config = {key: value for key, value in read_config(source).to_dict().items() if key not in _UNIMPORTANT}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for file in weight_files(source):
+    files = weight_files(source) or sorted(Path(source).glob("*.bin"))
+    if not files:
+        raise ValueError(
+            f"'{source}' has no weights in files that tell it from other models: they must be *.safetensors, or *.bin "
+            "in a local folder. Save the model again."
+        )
+    for file in files:
         _add_file(digest, file)
     return digest.hexdigest()[:_LENGTH]
 

@@ -9,13 +9,11 @@ from lightning_moe.allocation import build_method
 from lightning_moe.allocation.budget import check_count, resolve_prune_ratio
 from lightning_moe.allocation.methods import ExpertMethod
 from lightning_moe.criteria import CHANNEL_CRITERIA
-from lightning_moe.evaluation.compare.rows import Repair, StageSpec, row_name
+from lightning_moe.evaluation.compare.rows import CONTROL, Repair, StageSpec, row_name
 
 Bits = Literal[4, 16]
 T = TypeVar("T")
 UNIFORM_WIDTH = "uniform width"
-# Criteria that need the backward pass of the calibration.
-GRADIENT_CRITERIA = frozenset({"snip", "taylor"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class GridMethod:
         ratios: Shares of routed-expert channels to remove.
         calibrations: 2 measures the cut model again half-way.
         novices: An expert that goes leaves its mean output behind.
-        uniform_row: Also a row with this method's order of channels, and one width for all experts.
+        uniform_row: Also a row with this method's order of channels, and one width for all experts; see `Grid`.
     """
 
     method: str
@@ -59,7 +57,9 @@ class Grid:
         samples: Samples of the calibration text; each reads the corpora in another order, up to their `max_tokens`.
         calibrations: 2 measures the cut model again half-way.
         novices: An expert that goes leaves its mean output behind.
-        uniform_row: For each method that orders channels also a row with its order, and one width for all experts.
+        uniform_row: For each method with a `criterion` of channels also a row, marked `uniform width`, that takes the
+            channels in its order and gives all experts one width: `uniform` with that criterion and `align`, calibrated
+            once. Of `uniform` itself there is none.
     """
 
     methods: list[str | GridMethod]
@@ -82,7 +82,7 @@ class Grid:
         ratios = self._prune_ratios()
         rows = [row for method in self._methods() for row in self._rows_of(method, ratios=ratios)]
         if any(row.bits == 4 for row in rows):
-            rows.insert(0, StageSpec(name="dense_nf4", prune_ratio=0.0, bits=4, repair=False, label="dense"))
+            rows.insert(0, CONTROL)
         _check_unique(rows)
         return rows
 
@@ -155,7 +155,7 @@ class Grid:
 
 def needs_gradients(rows: Sequence[StageSpec]) -> bool:
     """Whether a method of these rows scores by gradients of the loss."""
-    return any(GRADIENT_CRITERIA & set(map(str, asdict(row.build()).values())) for row in rows)
+    return any(row.needs_gradients for row in rows)
 
 
 def _seeded(method: GridMethod, *, sample: int) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from lightning_moe.records import ModelShape
 Repair = bool | Literal["after_nf4"]
 Row = dict[str, Any]
 
+# Criteria that need the backward pass of the calibration.
+GRADIENT_CRITERIA = frozenset({"snip", "taylor"})
+
 _REPAIRED: Mapping[Repair, str] = {False: "", True: "repaired", "after_nf4": "repaired_after"}
 
 
@@ -64,6 +67,11 @@ class StageSpec:
         check_count(self.calibrations, name="calibrations", lowest=1)
         if self.novices and self.calibrations > 1:
             raise ValueError(f"`novices` of stage '{self.name}' go with `calibrations: 1`, got {self.calibrations}.")
+        if self.calibrations > 1 and self.needs_gradients:
+            raise ValueError(
+                f"Stage '{self.name}' scores by gradients, which are gathered on the uncut model alone: give its "
+                f"method `calibrations: 1`, got {self.calibrations}."
+            )
 
     def build(self) -> PruningMethod:
         """The method.
@@ -72,6 +80,11 @@ class StageSpec:
             ValueError: it, or a setting, is refused.
         """
         return build_method(self.method, **self.method_args)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the method scores by gradients of the loss."""
+        return bool(GRADIENT_CRITERIA & set(map(str, asdict(self.build()).values())))
 
     @property
     def requested_ratio(self) -> float:
@@ -110,7 +123,11 @@ class StageSpec:
             "calibrations": self.calibrations,
             "novices": self.novices,
             "recovered": False,
-        } | ({} if self.export is None else {"export": self.export})
+            "export": self.export,
+        }
+
+
+CONTROL = StageSpec(name="dense_nf4", prune_ratio=0.0, bits=4, repair=False, label="dense")  # the dense model in 4 bit
 
 
 def row_name(label: str, words: Sequence[str] = (), *, ratio: float, repair: Repair, bits: int, sample: int) -> str:

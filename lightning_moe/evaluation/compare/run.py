@@ -3,8 +3,10 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from lightning_moe.evaluation.compare.digests import Loaders, model_digest, sett
 from lightning_moe.evaluation.compare.rows import Row, StageSpec
 from lightning_moe.evaluation.stages import Stage
 from lightning_moe.models.discovery import model_shape
-from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.models.loading import DtypeName, load_model, read_config
 from lightning_moe.progress import hidden
-from lightning_moe.records import CalibrationStatistics, ModelShape
+from lightning_moe.records import CalibrationStatistics, ModelShape, PrunePlan
 from lightning_moe.surgery.novices import mean_outputs
 
 log = logging.getLogger(__name__)
 
+_TimedPlan = tuple[PrunePlan, float]
 DENSE = StageSpec(name="dense", prune_ratio=0.0, repair=False, label="dense")
 
 
@@ -57,53 +60,74 @@ class Comparison:
     gradients: bool = False
     keep: Collection[str] = ()
     reuse: bool = True
+    made: dict[str, Row] = field(default_factory=dict, init=False)
+    """Rows of the last `run` by name, as far as it came, in the order in which they were made."""
 
     def run(self, specs: Sequence[StageSpec]) -> list[Row]:
         """Makes the dense row and all others, in their order.
 
         Raises:
-            ValueError: two rows share a name, `out` holds rows of another model, the statistics are of another, or
-                something of a row is refused.
+            ValueError: two rows share a name, the model is packed, `out` holds rows of another model, the statistics
+                are of another, or something of a row is refused.
         """
         check_names(specs)
+        self._check_width()
         if self.statistics is not None and self.statistics.shape != self._shape:
             raise ValueError(
                 f"The statistics were gathered on another model than '{self.source}' (or in another type than "
                 f"{self.measures.dtype}). Calibrate this one, or leave `statistics` out."
             )
         specs = [DENSE, *specs]
-        rows = {spec.name: row for spec in specs if (row := self._known(spec)) is not None}
-        log.info("%d of %d rows are reused from '%s'.", len(rows), len(specs), self.out / "stages")
-        todo = [spec for spec in specs if spec.name not in rows]
+        self.made.clear()
+        self.made.update({spec.name: row for spec in specs if (row := self._known(spec)) is not None})
+        log.info("%d of %d rows are reused from '%s'.", len(self.made), len(specs), self.out / "stages")
+        todo = [spec for spec in specs if spec.name not in self.made]
         with tqdm(total=len(todo), unit=" rows", disable=hidden(progress=True)) as bar:
             for row in self._make_all(todo, bar=bar):
-                rows[row["name"]] = row
+                self.made[row["name"]] = row
                 bar.update()
         _remove_if_empty(self.out / "models")
-        return [rows[spec.name] for spec in specs]
+        return [self.made[spec.name] for spec in specs]
+
+    def _check_width(self) -> None:
+        packing = read_config(self._location).to_dict().get("quantization_config", {})
+        if packing.get("packed_experts") or packing.get("packed_linears"):
+            raise ValueError(
+                f"'{self.source}' is packed in NF4, and the rows are compared with a dense model in 16 bit. Name the "
+                "model that it was made from; `bits: [16, 4]` packs it here."
+            )
 
     def _make_all(self, specs: Sequence[StageSpec], *, bar: Any) -> Iterator[Row]:
-        """Rows of one cut follow each other, 16 bit first; cuts of one sample do, too."""
-        cuts: dict[tuple[Any, ...], list[StageSpec]] = {}
-        for spec in sorted(specs, key=lambda spec: spec.sample):
-            cuts.setdefault(spec.cut, []).append(spec)
-        for members in cuts.values():
-            cut: CutModel | None = None
-            for spec in sorted(members, key=lambda spec: -spec.bits):
-                bar.set_description(spec.name)
-                row = self._known(spec)  # another name of a row that was made a moment ago
-                if row is None and spec is not DENSE:
-                    cut = cut or self._cut(spec)
-                yield row or self._make(spec, cut=cut)
+        """Rows of one cut follow each other, 16 bit first; cuts of one sample do, too, after all its plans."""
+        for sample, own in groupby(sorted(specs, key=attrgetter("sample")), key=attrgetter("sample")):
+            cuts: dict[tuple[Any, ...], list[StageSpec]] = {}
+            for spec in own:
+                cuts.setdefault(spec.cut, []).append(spec)
+            bar.set_description(f"plans of sample {sample}")
+            plans = {key: self._plan(members[-1]) for key, members in cuts.items() if members != [DENSE]}
+            for key, members in cuts.items():
+                yield from self._make_cut(members, plan=plans.get(key), bar=bar)
 
-    def _make(self, spec: StageSpec, *, cut: CutModel | None) -> Row:
+    def _make_cut(self, members: Sequence[StageSpec], *, plan: _TimedPlan | None, bar: Any) -> Iterator[Row]:
+        """Rows of one cut; no plan: of none."""
+        cut: CutModel | None = None
+        members = sorted(members, key=lambda spec: -spec.bits)
+        for spec in members:
+            bar.set_description(spec.name)
+            row = self._known(spec)  # another name of a row that was made a moment ago
+            if row is None and spec is not DENSE and plan is not None:
+                cut = cut or self._cut(spec, plan=plan)
+            yield row or self._make(spec, cut=cut, last=spec is members[-1])
+
+    def _make(self, spec: StageSpec, *, cut: CutModel | None, last: bool) -> Row:
         """Measures a cut model (None: the dense one, as it is stored) and writes the row."""
         if cut is None:
             measured = self.measuring.of_folder(spec.name, folder=self._location, prune_ratio=0.0, seconds=0.0)
             measured |= {"repair": False, "bits": spec.bits}
         else:
             folder, keep = self.model_folder(spec.name), spec.name in self.keep
-            measured = cut.measure(spec.name, bits=spec.bits, folder=folder, measures=self.measuring, keep=keep)
+            settings = {"bits": spec.bits, "folder": folder, "measures": self.measuring, "keep": keep, "last": last}
+            measured = cut.measure(spec.name, **settings)
         return self.book.add(spec.columns(), measured, digest=self._digest(spec))
 
     def _known(self, spec: StageSpec) -> Row | None:
@@ -120,12 +144,18 @@ class Comparison:
         text = self._samples[spec.sample].digest if spec.reads_text else None
         return settings_digest(decides | {"row": spec.resolved(self._shape), "calibration": text})
 
-    def _cut(self, spec: StageSpec) -> CutModel:
+    def _plan(self, spec: StageSpec) -> _TimedPlan:
+        """The plan of a row's only cut, or of its first: so that one that cannot be had is refused before any cut."""
+        statistics, started = self._samples[spec.sample].statistics, time.perf_counter()
+        plan = spec.build().plan(statistics, prune_ratio=spec.requested_ratio / spec.calibrations)
+        return plan, time.perf_counter() - started
+
+    def _cut(self, spec: StageSpec, *, plan: _TimedPlan) -> CutModel:
         sample = self._samples[spec.sample]
         for other in self._samples.values():
             if other is not sample:
                 other.forget_grams()
-        cut = self._staged(spec, sample) if spec.calibrations > 1 else self._at_once(spec, sample)
+        cut = self._staged(spec, sample) if spec.calibrations > 1 else self._at_once(spec, sample, *plan)
         if spec.sample == 0 and spec.requested_ratio:  # plans of other samples differ in little
             cut.plan.save(self.out / "plans" / f"{spec.name}.json")
         return cut
@@ -141,12 +171,10 @@ class Comparison:
             repair=spec.repair,
         )
 
-    def _at_once(self, spec: StageSpec, sample: SampleCalibration) -> CutModel:
-        statistics = sample.statistics
+    def _at_once(self, spec: StageSpec, sample: SampleCalibration, plan: PrunePlan, seconds: float) -> CutModel:
         started = time.perf_counter()
-        plan = spec.build().plan(statistics, prune_ratio=spec.requested_ratio)
-        novices = mean_outputs(statistics, plan=plan) if spec.novices else None
-        seconds = time.perf_counter() - started
+        novices = mean_outputs(sample.statistics, plan=plan) if spec.novices else None
+        seconds += time.perf_counter() - started
         grams, gram_seconds = (sample.grams if spec.repair is True else None) or (None, 0.0)
         loaders = sample.loaders
         cut = cut_copy(self.dense, plan=plan, repair=spec.repair, calibration=loaders, grams=grams, novices=novices)

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -45,7 +46,7 @@ def _flat(row: Mapping[str, Any], *, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def mean_rows(rows: Sequence[Row], *, baseline: str | None = None) -> list[Row]:
-    """Rows of one method, ratio, width and repair as one: means over samples, the spread of the loss, their number.
+    """Rows of one method, its settings, ratio, width and repair as one: means over samples, the spread of the loss.
 
     Args:
         rows: with the dense one among them.
@@ -54,14 +55,37 @@ def mean_rows(rows: Sequence[Row], *, baseline: str | None = None) -> list[Row]:
     Returns:
         Per group `loss` (nats per token above the dense row, mean), `spread` (standard deviation over samples; None of
         one), `num_samples`, and means of the other numbers; `accuracy` is the mean over tasks. `difference` and
-        `difference_spread` are those of the loss minus the baseline's, where it has all samples.
+        `difference_spread` are those of the loss minus the baseline's, where it has all samples, once each. `variant`,
+        the name of the first row, is there where a method has several settings.
     """
     dense = next(row for row in rows if row["name"] == "dense")
-    compared_with = {_cell(row): row["nll"] for row in rows if row["method"] == baseline and _is_plain(row)}
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    plain = [row for row in rows if row["method"] == baseline and _is_plain(row)]
+    cells = [_cell(row) for row in plain]
+    compared_with = {_cell(row): row["nll"] for row in plain if cells.count(_cell(row)) == 1}
+    means: list[Row] = []
+    for alike in _grouped(map(_with_accuracy, rows), key=lambda row: tuple(row.get(name) for name in _GROUP)):
+        groups = [group for own in _grouped(alike, key=_settings) for group in _by_sample(own)]
+        for members in groups:
+            variant = {"variant": members[0]["name"]} if len(groups) > 1 else {}
+            means.append(_mean(members, dense=dense, compared_with=compared_with) | variant)
+    return means
+
+
+def _grouped(rows: Iterable[Row], *, key: Callable[[Row], Hashable]) -> list[list[Row]]:
+    groups: dict[Hashable, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in _GROUP), []).append(_with_accuracy(row))
-    return [_mean(members, dense=dense, compared_with=compared_with) for members in groups.values()]
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
+
+
+def _settings(row: Row) -> str:
+    """Of the method; a seed is another one for each sample."""
+    return json.dumps({key: value for key, value in row.get("settings", {}).items() if key != "seed"}, sort_keys=True)
+
+
+def _by_sample(rows: list[Row]) -> list[list[Row]]:
+    """Rows of different samples together; where a sample comes twice, each alone."""
+    return [rows] if len({row["sample"] for row in rows}) == len(rows) else [[row] for row in rows]
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
@@ -132,7 +156,8 @@ def comparison_table(rows: Sequence[Row], *, baseline: str | None = None) -> str
 def _extra(row: Row) -> str | None:
     """What else was done to a row."""
     parts = (
-        [row["export"]] * bool(row.get("export"))
+        [str(row.get("variant"))] * ("variant" in row)
+        + [row["export"]] * bool(row.get("export"))
         + ["recovered"] * bool(row.get("recovered"))
         + ["novices"] * bool(row.get("novices"))
     )

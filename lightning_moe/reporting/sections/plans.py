@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm
 
+from lightning_moe.allocation.usage import active_channels, rerouted, usage_shares
 from lightning_moe.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
 from lightning_moe.progress import hidden
 from lightning_moe.records import CalibrationStatistics, ChannelScores, ExpertScores, PrunePlan
@@ -49,8 +50,8 @@ _COLUMNS = (
 )
 _TABLE_TEXT = (
     "Stored is the share of the routed experts' channels that stays in the file; active is the share of the channels "
-    "that a token of the calibration text runs through, were it routed as before: where rarely used experts are cut, "
-    "the file shrinks more than the work."
+    "that a token of the calibration text runs through, when the experts that stay take over from those that are lost: "
+    "where rarely used experts are cut, the file shrinks more than the work."
 )
 
 
@@ -95,16 +96,15 @@ def plan_row(name: str, *, plan: PrunePlan, statistics: CalibrationStatistics | 
 
 
 def active_share(plan: PrunePlan, *, statistics: CalibrationStatistics) -> float:
-    """Share of the channels that calibration tokens run through which stays: `sum count_e kept_e / sum count_e n_e`.
+    """Share of the routed experts' channels a token runs through that stays.
 
-    Tokens are counted where the dense model routed them; those of an expert that goes will use another one.
+    Experts that stay take over from lost ones: see `lightning_moe.allocation.usage.rerouted`.
     """
-    kept = total = 0.0
-    for index, (layer, sums) in enumerate(zip(plan.shape.layers, statistics.total(), strict=True)):
-        count = sums["count"].tolist()
-        kept += sum(tokens * width for tokens, width in zip(count, plan.widths(index), strict=True))
-        total += sum(tokens * width for tokens, width in zip(count, layer.widths, strict=True))
-    return kept / total
+    usage = usage_shares(statistics)
+    widths = [plan.widths(index) for index in range(len(plan.shape.layers))]
+    before = [layer.widths for layer in plan.shape.layers]
+    left = active_channels(widths, usage=rerouted(usage, widths=widths, before=before))
+    return left / active_channels(before, usage=usage)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
