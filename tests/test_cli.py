@@ -20,7 +20,9 @@ from lightning_moe.records import PrunePlan
 HUB = re.compile(r"paper_a_|qwen3_30b")
 PAPER_B = re.compile(r"paper_b_")
 COMMAND_OF = {"quickstart_calibrate": "calibrate", "quickstart_compare": "compare", "quickstart_teach": "teach"}
-COMMAND_OF |= {f"compare_{name}": "compare" for name in ("quick", "small", "smollm2", "matrix")}
+COMMAND_OF |= {"smollm2_dense_tasks": "evaluate"} | {
+    f"compare_{name}": "compare" for name in ("quick", "small", "smollm2", "smollm2_tasks", "matrix")
+}
 BELOW = {
     "recover_small": "quickstart.yaml",
     "early_stopping": "quickstart.yaml",

@@ -47,9 +47,9 @@ def test_a_home_folder_is_expanded(folder, monkeypatch) -> None:
     assert load_model("~/stock").config.model_type == "qwen3_moe"
 
 
-@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nothing", "~/nothing"])
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nothing", "~/nothing", "prunedd"])
 def test_a_folder_without_a_model_is_refused(source) -> None:
-    with pytest.raises(ValueError, match=f"There is no model at '{source}': no config.json in that folder"):
+    with pytest.raises(ValueError, match=f"There is no model at '{source}': no folder with a config.json"):
         load_model(source)
 
 

@@ -85,6 +85,7 @@ def evaluate(
         reference=dense,
         tasks=scoring,
     )
+    row |= {"sequence_length": data.sequence_lengths["validation"], "stride": stride}
     save_stage(folder, stage=row)
     _log_row(row, file=folder / "stages" / f"{name}.json")
 
@@ -95,7 +96,18 @@ def _log_row(row: Stage, *, file: Path) -> None:
         log.info("KL from the dense model: %.4f nats, same top token: %.2f %%", row["kl"], 100 * row["top1_agreement"])
     if "tasks" in row:
         log.info("%s", tasks_table(row["tasks"]))
-    log.info("%s: %.4f nats per token, written to %s.", row["name"], row["nll"], file)
+    windows = f"rows of {row['sequence_length']} tokens" + (f", stride {row['stride']}" if row["stride"] else "")
+    size = "" if row["bytes"] is None else f", {row['bytes'] / 1e6:.2f} MB"
+    log.info(
+        "%s: %.4f nats per token (%s)%s, %s parameters stored, %s active. Written to %s.",
+        row["name"],
+        row["nll"],
+        windows,
+        size,
+        f"{row['stored_params']:,}",
+        f"{row['active_params']:,}",
+        file,
+    )
 
 
 def sliding(data: TextDataModule, *, stride: int) -> Loaders:

@@ -151,7 +151,9 @@ def _location(source: str) -> str:
         return source
     path = Path(resolve_asset(source)).expanduser()
     if not (path / "config.json").is_file():
-        raise ValueError(f"There is no model at '{source}': no config.json in that folder.")
+        raise ValueError(
+            f"There is no model at '{source}': no folder with a config.json. A name on the hub is `owner/name`."
+        )
     return str(path)
 
 
@@ -170,5 +172,5 @@ def _names(keys: Any) -> list[str]:
 
 
 def _looks_like_a_path(source: str) -> bool:
-    """Whether a source can only mean a local folder (a hub name is `name` or `owner/name`)."""
-    return source.startswith((".", "/", "~", "asset:")) or source.count("/") > 1 or Path(source).exists()
+    """Whether a source can only mean a local folder (a hub name is `owner/name`)."""
+    return source.startswith((".", "/", "~", "asset:")) or source.count("/") != 1 or Path(source).exists()

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_moe.allocation.budget import check_count, check_prune_ratio
-from lightning_moe.allocation.smoothing import SMOOTHINGS
 from lightning_moe.evaluation.compare.rows import StageSpec
 
 ALL, ALL_EACH = "all", "all_each"
@@ -60,8 +59,8 @@ class Matrix:
     methods: list[str | MatrixMethod] = field(default_factory=lambda: ["exact_global", "channel_coverage", "paper_a"])
     prune_ratio: float = 0.5
     tokens: list[int] = field(default_factory=lambda: [1536, 6144, 18432])
-    smoothings: list[str] = field(default_factory=lambda: list(SMOOTHINGS))
-    min_widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
+    smoothings: list[str] = field(default_factory=list)
+    min_widths: list[int] = field(default_factory=list)
     variants: list[str | MatrixMethod] = field(default_factory=list)
 
     def __post_init__(self) -> None:
