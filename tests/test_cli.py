@@ -214,7 +214,8 @@ def test_the_stages_alone_from_files(folder, caplog):
     assert AutoModelForCausalLM.from_pretrained(out / "pruned").generate(max_new_tokens=2).numel()
     run("evaluate", *data, "--model", folder / "model", "--out", out, "--name", "dense")
     (said,) = (record.message for record in caplog.records if record.message.startswith("dense: "))
-    assert said.endswith(f" nats per token, written to {out / 'stages' / 'dense.json'}.")
+    assert said.startswith("dense: ")
+    assert said.endswith(f" active. Written to {out / 'stages' / 'dense.json'}.")
     run("evaluate", *data, "--model", out / "pruned", "--out", out, "--name", "half_nf4", "--prune_ratio", 0.5)
     run("export", "--model", out / "pruned", "--out", out / "exports", "--formats", "[ragged, padded]")
     assert [row["format"] for row in read_json(out / "exports" / "exports.json", what="")] == ["ragged", "padded"]

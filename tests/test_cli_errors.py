@@ -44,7 +44,7 @@ WRONG_FLAGS = {
     "unknown model folder": (
         ["--model.init_args.source", "./nowhere/model"],
         1,
-        "There is no model at './nowhere/model': no config.json",
+        "There is no model at './nowhere/model': no folder with a config.json",
     ),
     "unknown asset": (
         ["--model.init_args.source", "asset:large_moe"],
