@@ -12,7 +12,7 @@ from tiny_runs import save_model, save_text, text_module, token_batches
 
 from lightning_moe.adapters.inject import AdapterConfig, inject_adapters
 from lightning_moe.adapters.storage import save_adapter
-from lightning_moe.evaluation.compare import StageSpec, compare_stages
+from lightning_moe.evaluation.compare import Comparison, Measures, StageSpec
 from lightning_moe.evaluation.perplexity import evaluate_model
 from lightning_moe.evaluation.stages import evaluate_stage, load_stages, model_bytes, save_stage
 from lightning_moe.evaluation.summary import recovered_share, summarise
@@ -23,6 +23,18 @@ from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.records import PrunePlan
 from lightning_moe.reporting.summary import Summary
 from lightning_moe.surgery.cut import apply_plan, convert_experts, cut_layer
+
+
+def compare_stages(source, *, stages, statistics, calibration, held_out, out):
+    comparison = Comparison(
+        source=source,
+        calibration=lambda _: calibration,
+        measures=Measures(held_out=held_out),
+        out=out,
+        statistics=statistics,
+        keep=[stage.name for stage in stages],
+    )
+    return {row["name"]: row for row in comparison.run(stages)}
 
 
 def padded_batches():

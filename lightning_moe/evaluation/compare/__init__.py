@@ -7,7 +7,7 @@
 from lightning_moe.evaluation.compare.bench import CutModel, Measures, cut_copy, make_row
 from lightning_moe.evaluation.compare.grid import Grid, GridMethod, needs_gradients
 from lightning_moe.evaluation.compare.rows import CONTROL, Repair, Row, StageSpec
-from lightning_moe.evaluation.compare.run import DENSE, Comparison, check_names, compare_stages
+from lightning_moe.evaluation.compare.run import DENSE, Comparison, check_names
 
 __all__ = [
     "CONTROL",
@@ -21,7 +21,6 @@ __all__ = [
     "Row",
     "StageSpec",
     "check_names",
-    "compare_stages",
     "cut_copy",
     "make_row",
     "needs_gradients",

@@ -10,7 +10,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -22,9 +21,8 @@ from lightning_moe.evaluation.compare.book import RowBook
 from lightning_moe.evaluation.compare.calibrations import SampleCalibration
 from lightning_moe.evaluation.compare.digests import Loaders, model_digest, settings_digest
 from lightning_moe.evaluation.compare.rows import Row, StageSpec
-from lightning_moe.evaluation.stages import Stage
 from lightning_moe.models.discovery import model_shape
-from lightning_moe.models.loading import DtypeName, load_model, read_config
+from lightning_moe.models.loading import load_model, read_config
 from lightning_moe.progress import hidden
 from lightning_moe.records import CalibrationStatistics, ModelShape, PrunePlan
 from lightning_moe.surgery.novices import mean_outputs
@@ -255,44 +253,3 @@ def check_names(specs: Sequence[StageSpec]) -> None:
             f"Every stage needs its own name, and `dense` is the unpruned model's; {twice} come more than once. "
             "Give another `name`."
         )
-
-
-def compare_stages(
-    source: str,
-    *,
-    stages: Sequence[StageSpec],
-    statistics: CalibrationStatistics,
-    calibration: Loaders,
-    held_out: Loaders,
-    out: str | Path,
-    dtype: DtypeName = "float32",
-    device: torch.device | str = "cpu",
-) -> dict[str, Stage]:
-    """Runs a list of rows and the dense one on statistics that exist; their models stay in `<out>/models`.
-
-    Args:
-        source: the dense model.
-        stages: what to run, all of sample 0.
-        statistics: of the dense model.
-        calibration: batches for the second pass of the repair, by corpus.
-        held_out: batches to evaluate on, by corpus.
-        out: rows go to `<out>/stages`, models to `<out>/models`.
-        dtype: type of the weights while they are cut and evaluated.
-        device: where.
-
-    Returns:
-        Rows by name, the dense one under `dense`.
-
-    Raises:
-        ValueError: see `Comparison.run`.
-    """
-    check_names(stages)
-    comparison = Comparison(
-        source=source,
-        calibration=lambda _: calibration,
-        measures=Measures(held_out=held_out, dtype=dtype, device=device),
-        out=Path(out),
-        statistics=statistics,
-        keep=[stage.name for stage in stages],
-    )
-    return {row["name"]: row for row in comparison.run(stages)}
