@@ -13,8 +13,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+# In the order in which a file has them; within a type, tensors are in the order of their names.
+_SAFETENSORS_TYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -57,14 +75,19 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            _swap_folders(temporary, path)
-        else:
-            os.replace(temporary, path)
+        move_into_place(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def move_into_place(new: Path, path: Path) -> None:
+    """Renames a file or folder to `path`, on the same disk; a folder that is there is replaced as a whole."""
+    if new.is_dir() and path.is_dir():
+        _swap_folders(new, path)
+    else:
+        os.replace(new, path)
 
 
 def _swap_folders(new: Path, path: Path) -> None:
@@ -101,10 +124,36 @@ def read_json(path: str | Path, *, what: str) -> Any:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON-able metadata as one safetensors file, atomically."""
-    encoded = {key: json.dumps(value) for key, value in metadata.items()}
-    with write_atomically(path) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata=encoded)
+    """Writes tensors and JSON-able metadata as one safetensors file, atomically: the bytes that `save_file` writes.
+
+    Each tensor is asked for twice, for its place and for its bytes: of `LazyTensors` one at a time is in memory.
+    """
+    header, names = _header(tensors, metadata={key: json.dumps(value) for key, value in metadata.items()})
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name in names:
+            file.write(_bytes_of(tensors[name]))
+
+
+def _header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """What stands before the bytes of a safetensors file, and the tensors' names in their order."""
+    types = list(_SAFETENSORS_TYPES)
+    entries = {name: (types.index(value.dtype), list(value.shape), value.nbytes) for name, value in tensors.items()}
+    names = sorted(entries, key=lambda name: (entries[name][0], name))
+    content: dict[str, Any] = {"__metadata__": metadata}
+    first = 0
+    for name in names:
+        index, shape, size = entries[name]
+        offsets = [first, first + size]
+        content[name] = {"dtype": _SAFETENSORS_TYPES[types[index]], "shape": shape, "data_offsets": offsets}
+        first += size
+    encoded = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded, names
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def open_tensors(path: str | Path, *, what: str) -> tuple[LazyTensors, dict[str, Any]]:
@@ -166,9 +215,9 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name]
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes_of(value))
     return digest.hexdigest()
 
 

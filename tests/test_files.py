@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and a damaged one is named."""
 
 import copy
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from stored_types import restate_type
+from tensor_peak import tensor_peak
 
 from lightning_moe.files import (
+    _SAFETENSORS_TYPES,
     LazyTensors,
     digest_of_tensors,
     folder_bytes,
@@ -89,6 +92,22 @@ def test_json_and_tensors_come_back(tmp_path) -> None:
     assert read_shapes(tmp_path / "a.safetensors", what="thing") == {"x": (3, 2), "y": (0,)}
     assert folder_bytes(tmp_path) == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert folder_bytes(tmp_path / "a.json") == (tmp_path / "a.json").stat().st_size
+
+
+def test_tensors_are_written_as_safetensors_writes_them_one_at_a_time(tmp_path) -> None:
+    """Every type, no numbers, a scalar, a transposed one, names and metadata outside ASCII."""
+    tensors = {
+        f'{index * 7 % 5}|{name}|é"\n{dtype}': torch.arange(6).view(2, 3).to(dtype)[:, :columns].T
+        for index, dtype in enumerate(_SAFETENSORS_TYPES)
+        for name, columns in (("b", 3), ("a", 2), ("none", 0))
+    }
+    tensors["scalar"] = torch.tensor(1.5)
+    write_tensors(tmp_path / "own", tensors, metadata={"record": {"a": 'é"\n'}})
+    encoded = {"record": json.dumps({"a": 'é"\n'})}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "other", metadata=encoded)
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "other").read_bytes()
+    lazy = LazyTensors({str(index): partial(torch.zeros, 2**17) for index in range(16)})
+    assert tensor_peak(lambda: write_tensors(tmp_path / "lazy", lazy, metadata={})) <= 2 * 2**19
 
 
 def test_digest_depends_on_names_types_and_values() -> None:

@@ -12,7 +12,7 @@ import lightning_moe
 ROOT = Path(lightning_moe.__file__).parent
 # Lowest first; layers of one row may import each other as long as there is no cycle.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("files", "progress"),
+    ("files", "machine", "progress"),
     ("assets",),
     ("records",),
     ("models",),

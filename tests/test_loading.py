@@ -60,7 +60,7 @@ def test_an_unknown_asset_is_refused() -> None:
 
 def test_a_damaged_config_is_refused(folder) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"The model '.*stock' cannot be loaded: .*config"):
+    with pytest.raises(ValueError, match=r"'.*stock/config.json' is not a readable model config: .*Write it again"):
         load_model(str(folder))
 
 
@@ -73,7 +73,7 @@ def test_a_family_without_experts_is_refused(folder) -> None:
 
 def test_absent_weights_are_refused(folder) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"The model '.*stock' cannot be loaded: .*model.safetensors"):
+    with pytest.raises(ValueError, match=r"'.*stock' has no safetensors files"):
         load_model(str(folder))
 
 
@@ -118,7 +118,7 @@ def test_a_missing_expert_is_refused(folder) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"The model '.*stock' cannot be loaded: .*conversion of the weights"):
+    with pytest.raises(ValueError, match=r"gate_up_proj' is made of 8 tensors .* and 7 .*up_proj"):
         load_model(str(folder))
 
 

@@ -5,16 +5,17 @@ trusted. E experts.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_moe.files import read_shapes
 from lightning_moe.models.channel_experts import ChannelExperts, DenseRows
 from lightning_moe.models.discovery import MoeLayer, is_grouped, layer_shape, moe_layers
 from lightning_moe.models.routers import keep_router_rows, mask_router_rows
+from lightning_moe.models.stored_tensors import LazyTensor, open_files
 from lightning_moe.quantization.linears import empty_linear4bit
 from lightning_moe.quantization.nf4 import PackedRows
 
@@ -115,13 +116,11 @@ def check_tensors(model: PreTrainedModel, *, files: Sequence[str]) -> None:
     """Compares the headers of safetensors files with the model on the meta device.
 
     Raises:
-        ValueError: a file is damaged, or a tensor is missing or has another shape.
+        ValueError: a file is damaged, or a tensor is missing, or has another shape, or is of another kind of number.
     """
     if not files or not all(file.endswith(".safetensors") for file in files):
         return
-    stored: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        stored |= read_shapes(file, what="file of weights")
+    stored, _ = open_files([Path(file) for file in files])
     packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     tied = set(model.all_tied_weights_keys)
     for name, tensor in model.state_dict().items():
@@ -133,10 +132,20 @@ def check_tensors(model: PreTrainedModel, *, files: Sequence[str]) -> None:
             name = name if f"{name}.{_QUANT_STATE}" in stored else f"{name}.{_QUANT_STATE}"
         if name not in stored:
             raise ValueError(f"'{files[0]}' and its shards lack the tensor '{name}' of the model in config.json.")
-        if stored[name] != expected:
-            raise ValueError(
-                f"'{name}' has shape {stored[name]} in '{files[0]}' or its shards, but config.json declares {expected}."
-            )
+        _check_tensor(stored[name], shape=expected, dtype=tensor.dtype)
+
+
+def _check_tensor(stored: LazyTensor, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if stored.shape != shape:
+        raise ValueError(
+            f"'{stored.key}' has shape {stored.shape} in '{stored.file}', but config.json declares {shape}."
+        )
+    fits = stored.dtype == dtype or (dtype.is_floating_point and stored.dtype.is_floating_point)
+    if not fits or (stored.dtype.is_floating_point and stored.dtype.itemsize == 1):
+        kind = "a weight in floating point" if dtype.is_floating_point else f"of type {dtype}"
+        raise ValueError(
+            f"'{stored.key}' in '{stored.file}' is stored as {stored.type_name}, but it is {kind}. Write it again."
+        )
 
 
 def align_rows(model: PreTrainedModel) -> None:

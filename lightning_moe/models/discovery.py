@@ -103,6 +103,16 @@ def moe_layers(model: PreTrainedModel) -> list[MoeLayer]:
     ]
 
 
+def decoder_names(model: PreTrainedModel) -> list[str]:
+    """Full names of the decoder layers, dense ones included, first layer first.
+
+    Raises:
+        ValueError: unknown family, or no MoE layer in the model.
+    """
+    decoder = moe_layers(model)[0].block_name.rpartition(".")[0].rpartition(".")[0]
+    return [f"{decoder}.{name}" for name, _ in model.get_submodule(decoder).named_children()]
+
+
 def expert_widths(experts: nn.Module) -> tuple[int, ...]:
     """Channels of each expert, in the router's order; `experts` is a stock module or ChannelExperts, or adapted."""
     experts = without_adapter(experts)

@@ -4,47 +4,48 @@ transformers decides what the model consists of (`from_pretrained` on the meta d
 own (its conversion mapping), so what is loaded here equals what `from_pretrained` loads, bit for bit.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
-from transformers.utils import logging as transformers_logging
+from transformers.core_model_loading import dot_natural_key
 
-from lightning_moe.files import read_shapes
-from lightning_moe.models.discovery import MoeLayer, moe_layers
+from lightning_moe.models.channel_experts import PROJECTIONS, DenseRows
+from lightning_moe.models.checkpoint_checks import (
+    check_complete,
+    check_layers,
+    check_parts,
+    files_by_name,
+    keys_by_name,
+    stored_keys,
+)
+from lightning_moe.models.conversion import stock_rows, without_rows
+from lightning_moe.models.discovery import MoeLayer
+from lightning_moe.models.folders import LayerFolder, silent_transformers
+from lightning_moe.models.fp8 import dequantised, is_fp8, without_quantization
 from lightning_moe.models.loading import (
     DtypeName,
-    can_stream,
-    check_complete,
     clear_errors,
-    find_file,
+    config_errors,
+    generation_config_of,
+    is_stock,
+    joining_errors,
+    open_source,
     read_config,
     torch_dtype,
-    weight_files,
 )
+from lightning_moe.models.stored_tensors import LazyTensor
 
 _FUSED = ("gate_up_proj", "down_proj")
+# Experts are read and converted in this many parts of a layer: transformers takes some three times a part for it.
+_PARTS = 32
 
 
-class StockFolder:
-    """A stock checkpoint and its model, whose weights stay on the meta device until they are loaded.
-
-    Walk over `decoder_names`: `load` what is below a name (experts also in parts), use or replace it; then `finish`.
+class StockFolder(LayerFolder):
+    """A stock checkpoint in safetensors files, whole or in shards.
 
     Args:
         source: folder, `asset:small_moe`, or hub name.
@@ -55,45 +56,45 @@ class StockFolder:
     """
 
     def __init__(self, source: str, *, dtype: DtypeName = "auto") -> None:
-        if not can_stream(source):
+        config = read_config(source)
+        if not is_stock(source, config=config):
             raise ValueError(
-                f"'{source}' cannot be read part by part: it is cut or quantised already, or has no safetensors files. "
-                "Load it whole with `load_model`."
+                f"'{source}' cannot be read part by part as a stock model: it is cut or quantised already, or has "
+                "adapters. Load it whole with `load_model`."
             )
-        self.source, self.dtype = source, dtype
-        files = weight_files(source)
-        for file in files:
-            read_shapes(file, what="file of weights")
-        # Plain reads: pages of a mapped file would stay in the process's memory.
-        opened = {file: safe_open(str(file), framework="pt", backend="pread") for file in files}
-        self._files = {key: file for file in files for key in opened[file].keys()}  # noqa: SIM118
-        self._stored = {key: opened[file].get_slice(key) for key, file in self._files.items()}
-        self.model = _meta_model(source, stored=self._stored, dtype=dtype)
-        self._conversions: list[Any] = get_model_conversion_mapping(self.model)
-        self._keys = self._keys_by_name()
+        tensors, digest = open_source(source)
+        if is_fp8(config):
+            tensors = dequantised(tensors, config=config, type_name="F32" if dtype == "float32" else "BF16")
+            config = without_quantization(config)
+        model = meta_model(source, config=config, tensors=tensors, dtype=dtype)
+        super().__init__(
+            source=source,
+            dtype=dtype,
+            model=model,
+            tensors=tensors,
+            conversions=get_model_conversion_mapping(model),
+            fingerprint=digest,
+        )
 
-    @property
-    def decoder_names(self) -> list[str]:
-        """Full names of the decoder layers, dense ones included, first layer first."""
-        decoder = moe_layers(self.model)[0].block_name.rpartition(".")[0].rpartition(".")[0]
-        return [f"{decoder}.{name}" for name, _ in self.model.get_submodule(decoder).named_children()]
-
-    def load(self, module_name: str) -> None:
-        """Loads the weights below a module that are still on the meta device ("" is the whole model).
-
-        Raises:
-            ValueError: a weight cannot be read.
-        """
-        prefix = f"{module_name}." if module_name else ""
-        names = [name for name, tensor in self.model.state_dict().items() if tensor.is_meta and name.startswith(prefix)]
-        keys = {name: self._keys[name] for name in names if name in self._keys}  # a tied weight is stored once
-        self._read({key: self._stored[key] for own in keys.values() for stored in own.values() for key in stored})
+    def _load_experts(self, layer: MoeLayer) -> None:
+        stock = layer.experts
+        converted = without_rows(stock)
+        num_experts, hidden_size, width = stock.get_parameter("down_proj").shape
+        dtype = stock.get_parameter("down_proj").dtype
+        for name in PROJECTIONS:
+            setattr(converted, name, DenseRows(torch.empty(num_experts * width, hidden_size, dtype=dtype)))
+        for first, last in self.expert_chunks(layer, size=-(-num_experts // _PARTS)):
+            self.load_experts(layer, first=first, last=last)
+            for name, rows_EnH in zip(PROJECTIONS, stock_rows(stock), strict=True):
+                rows_CH = converted.projection(name).get_parameter("weight").data[first * width : last * width]
+                rows_CH.view_as(rows_EnH).copy_(rows_EnH)
+        layer.block.set_submodule(layer.family.experts, converted)
 
     def expert_chunks(self, layer: MoeLayer, *, size: int) -> list[tuple[int, int]]:
         """Ranges of at most `size` experts for `load_experts`; one of all where they are stored in an unknown way."""
         num_experts = self._num_experts(layer)
         stored = [keys for name in _FUSED for keys in self._keys[f"{layer.name}.{name}"].values()]
-        in_parts = (len(keys) == num_experts or self._stored[keys[0]].get_shape()[0] == num_experts for keys in stored)
+        in_parts = (len(keys) == num_experts or self._tensors[keys[0]].shape[0] == num_experts for keys in stored)
         size = size if all(in_parts) else num_experts
         return [(first, min(first + size, num_experts)) for first in range(0, num_experts, size)]
 
@@ -110,86 +111,52 @@ class StockFolder:
             layer.experts.register_parameter(name, nn.Parameter(empty, requires_grad=False))
             for keys in self._keys[f"{layer.name}.{name}"].values():
                 if last - first == self._num_experts(layer):
-                    parts |= {key: self._stored[key] for key in keys}
+                    parts |= {key: self._part(key) for key in keys}
                 elif len(keys) == 1:  # all experts in one tensor
-                    parts[keys[0]] = _Rows(self._files[keys[0]], keys[0], first=first, last=last)
+                    parts[keys[0]] = self._part(keys[0], first=first, last=last)
                 else:
-                    parts |= {key: self._stored[key] for key in sorted(keys, key=dot_natural_key)[first:last]}
+                    parts |= {key: self._part(key) for key in sorted(keys, key=dot_natural_key)[first:last]}
         self._read(parts)
 
     def _num_experts(self, layer: MoeLayer) -> int:
         return int(getattr(self.model.config.get_text_config(), layer.family.expert_count))
 
-    def finish(self) -> PreTrainedModel:
-        """Loads what is left, ties shared weights and computes the buffers that no checkpoint holds.
 
-        Returns:
-            The model, in eval mode.
+def meta_model(
+    source: str, *, config: PretrainedConfig, tensors: Mapping[str, LazyTensor], dtype: DtypeName, quantizer: Any = None
+) -> PreTrainedModel:
+    """What `from_pretrained` makes of tensors of the stored names, shapes and types that have no content.
 
-        Raises:
-            ValueError: a weight cannot be read.
-        """
-        self.load("")
-        tied = self.model.all_tied_weights_keys
-        self.model.tie_weights(missing_keys={*tied, *tied.values()} - set(self._keys), recompute_mapping=False)
-        computed = {name.rpartition(".")[0] for name, _ in self.model.named_non_persistent_buffers()}
-        for module in map(self.model.get_submodule, computed):
-            for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-            with torch.no_grad():
-                self.model._init_weights(module)
-        return self.model
+    Args:
+        source: named in messages.
+        config: the model's.
+        tensors: what the files hold.
+        dtype: type of the weights; `auto` keeps the stored one.
+        quantizer: transformers' quantizer of the folder, if it has one.
 
-    def _keys_by_name(self) -> dict[str, dict[str, list[str]]]:
-        """Name of each weight of the model -> pattern of the conversion (or the key itself) -> stored keys."""
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        state, prefix = self.model.state_dict(), self.model.base_model_prefix
-        keys: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for key in self._stored:
-            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if name not in state and key in state:  # transformers' own rule for keys that should keep their name
-                name, pattern = rename_source_key(key, [], [], prefix, state)
-            keys[name][key if pattern is None else pattern].append(key)
-        return dict(keys)
+    Returns:
+        The model on the meta device, in eval mode.
 
-    def _read(self, stored: Mapping[str, Any]) -> None:
-        settings = LoadStateDictConfig(dtype=self.model.dtype, weight_mapping=self._conversions)
-        with clear_errors(self.source), _without_bars():
-            convert_and_load_state_dict_in_model(self.model, dict(stored), settings)
-
-
-class _Rows:
-    """The rows `first` to `last - 1` of a stored tensor, read when transformers asks for `[...]`.
-
-    A plain read would take the whole tensor; a map, of which only these rows are touched, ends with the call.
+    Raises:
+        ValueError: a weight is missing or of another shape.
     """
-
-    def __init__(self, file: Path, key: str, *, first: int, last: int) -> None:
-        self._file, self._key, self._rows = file, key, slice(first, last)
-
-    def __getitem__(self, every: Any) -> Tensor:
-        with safe_open(str(self._file), framework="pt") as mapped:
-            return mapped.get_slice(self._key)[self._rows][every].clone()
-
-
-def _meta_model(source: str, *, stored: Mapping[str, Any], dtype: DtypeName) -> PreTrainedModel:
-    """What `from_pretrained` makes of tensors of the stored names, shapes and types that have no content."""
-    config = read_config(source)
-    for key, part in stored.items():
-        if part.get_dtype() not in str_to_torch_dtype:
-            raise ValueError(
-                f"'{key}' of '{source}' is stored as {part.get_dtype()}, which transformers does not read. "
-                f"It reads {', '.join(str_to_torch_dtype)}."
-            )
-    empty = {
-        key: torch.empty(part.get_shape(), dtype=str_to_torch_dtype[part.get_dtype()], device="meta")
-        for key, part in stored.items()
-    }
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
-    with clear_errors(source), _without_bars():
-        loaded: Any = model_class.from_pretrained(
+    check_layers(config.get_text_config().num_hidden_layers, tensors=tensors, source=source)
+    with torch.device("meta"), clear_errors(source):
+        with config_errors(source):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        if quantizer is not None:
+            files = sorted({str(tensor.file) for tensor in tensors.values()})
+            quantizer.preprocess_model(skeleton, checkpoint_files=files)
+    conversions = get_model_conversion_mapping(skeleton, hf_quantizer=quantizer)
+    keys, state = keys_by_name(skeleton, keys=tensors, conversions=conversions), skeleton.state_dict()
+    known = [key for name in keys if name in state for key in stored_keys(keys, name)]
+    if quantizer is None:
+        check_parts(keys, tensors=tensors)
+    else:  # without the statistics beside packed weights, which cannot be read yet
+        known = [key for key in known if key in state]
+    empty = {key: torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta") for key in known}
+    with clear_errors(source), silent_transformers(), joining_errors(config, tensors=tensors):
+        loaded: Any = type(skeleton).from_pretrained(
             None,
             config=config,
             state_dict=empty,
@@ -199,30 +166,7 @@ def _meta_model(source: str, *, stored: Mapping[str, Any], dtype: DtypeName) -> 
             ignore_mismatched_sizes=True,
         )
     model, report = loaded
-    check_complete(report, source=source)
+    check_complete(report, source=source, files=files_by_name(keys, tensors=tensors))
     model.config.name_or_path = config.name_or_path
-    model.generation_config = _generation_config(source)
+    model.generation_config = generation_config_of(source)
     return model
-
-
-def _generation_config(source: str) -> GenerationConfig:
-    """The one `from_pretrained` takes: made of the model's config where there is none or it cannot be read."""
-    find_file(source, "generation_config.json")  # downloads it
-    config = find_file(source, "config.json")
-    assert config is not None
-    try:
-        return GenerationConfig.from_pretrained(config.parent)
-    except OSError:
-        return GenerationConfig.from_pretrained(config.parent, "config.json", _from_model_config=True)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Transformers would show one bar for each part."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
