@@ -127,6 +127,15 @@ def test_loaders_per_corpus_keep_the_order_of_the_dict():
     assert torch.equal(first, again)
 
 
+@pytest.mark.parametrize(
+    ("length", "given", "expected"), [(256, None, 8), (512, None, 4), (4096, None, 1), (512, 8, 8)]
+)
+def test_a_calibration_batch_has_2048_tokens_unless_its_rows_are_given(length, given, expected):
+    corpora = {"code": Corpus(source="asset:text/code/validation.jsonl", max_tokens=64)}
+    module = data_module(calibration=corpora, sequence_length=length, batch_size=8, calibration_batch_size=given)
+    assert module.calibration_batch_size == expected
+
+
 def test_rows_have_the_length_of_their_role():
     corpora = {"code": Corpus(source="asset:text/code/validation.jsonl", max_tokens=64)}
 

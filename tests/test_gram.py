@@ -9,7 +9,8 @@ from tiny_models import MODEL_NAMES, NUM_EXPERTS, WIDTH, random_tokens, tiny_mod
 from torch import Tensor
 
 from lightning_moe.calibration.collector import collect_statistics
-from lightning_moe.calibration.gram import LayerGram, iterate_grams
+from lightning_moe.calibration.gram import iterate_grams
+from lightning_moe.calibration.gram_sums import LayerGram
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.quantization.nf4 import pack_experts, unpack_experts
 from lightning_moe.surgery.cut import convert_experts
@@ -69,8 +70,26 @@ def test_several_passes_give_what_one_gives_and_say_so_before(caplog):
         torch.testing.assert_close(one.half_b, other.half_b, rtol=1e-4, atol=1e-8)
 
 
-def test_too_little_memory_for_one_layer_is_refused():
-    with pytest.raises(ValueError, match=r"`memory_gb` must be at least .* 'model\.layers\.0.*got 1e-06"):
+def test_a_layer_that_is_larger_than_the_memory_comes_in_parts(caplog):
+    """Three experts fit; the last two of a layer share a pass with nobody, for a layer is not split without need."""
+    model, ids = tiny_model(), random_tokens()
+    with caplog.at_level(logging.INFO):
+        parts = grams(model, ids, memory_gb=3.5 * LAYER_GB / NUM_EXPERTS)
+    assert "6 pass(es) over the text, layers per pass [1, 1, 1, 1, 1, 1]" in caplog.messages[0]
+    assert [part.experts for part in parts] == [(0, 1, 2), (3, 4, 5), (6, 7)] * 2
+    assert [part.layer_index for part in parts] == [0, 0, 0, 1, 1, 1]
+    whole = grams(model, ids)
+    for part in parts:
+        one = whole[part.layer_index]
+        assert part.counts == one.counts
+        for expert in range(NUM_EXPERTS):
+            for mine, theirs in ((part.half_a, one.half_a), (part.half_b, one.half_b)):
+                here = expert in part.experts
+                assert torch.equal(mine[expert], theirs[expert]) if here else mine[expert].shape == (0, 0)
+
+
+def test_too_little_memory_for_one_expert_is_refused():
+    with pytest.raises(ValueError, match=r"at least .* of expert 0 of 'model\.layers\.0.*got 1e-06"):
         grams(tiny_model(), random_tokens(), memory_gb=1e-6)
 
 
@@ -122,3 +141,14 @@ def test_the_model_is_untouched_between_layers_and_after_an_exception():
         list(iterate_grams(model, loaders={"text": []}, progress=False))
     assert not any(module._forward_hooks for module in model.modules())
     assert model.training
+
+
+def test_in_16_bit_too_the_passes_change_nothing():
+    """Layers before those of a pass are computed as in any other pass."""
+    model, ids = tiny_model("qwen3_moe", dtype=torch.bfloat16), random_tokens(batch=4, length=64)
+    convert_experts(model)
+    one, three = grams(model, ids), grams(model, ids, memory_gb=1.5 * LAYER_GB)
+    for whole, gram in zip(one, three, strict=True):
+        assert whole.counts == gram.counts
+        for expert in range(NUM_EXPERTS):
+            assert torch.equal(total(whole, expert), total(gram, expert))

@@ -6,23 +6,20 @@ B sequences, S tokens of one, T = B*S tokens, K experts per token, E experts, H 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lightning_moe.calibration.measure import CountedTokens, LayerMeasurement, OutputBuffer, router_sums, weight_norms
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
 from lightning_moe.calibration.processes import ALONE, Processes, reduce_sums
+from lightning_moe.calibration.text import Batch, TextReader
 from lightning_moe.models.discovery import MoeLayer, model_shape, moe_layers
-from lightning_moe.progress import hidden
 from lightning_moe.records import CalibrationStatistics
 
 log = logging.getLogger(__name__)
-
-Batch = Mapping[str, Any]
 
 
 class CalibrationCollector(LayerObserver):
@@ -43,15 +40,19 @@ class CalibrationCollector(LayerObserver):
     Args:
         model: a model of a known family; stock experts, ChannelExperts or packed ones.
         moments: take the [E, H] and [E, E] sums too (output_sum, output_sq, input_sq, output_gram).
+        layers: only of these MoE layers, the only ones that have to be in memory; all of them when not given.
 
     Raises:
         ValueError: unknown family, or weights that are not in memory.
     """
 
-    def __init__(self, model: PreTrainedModel, *, moments: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, moments: bool = True, layers: Sequence[MoeLayer] | None = None
+    ) -> None:
         self.model = model
         self.moments = moments
-        self.layers = moe_layers(model)
+        self.layers = moe_layers(model) if layers is None else list(layers)
+        self._position = {layer.index: position for position, layer in enumerate(self.layers)}
         self._sums: dict[str, list[dict[str, Tensor]]] = {}
         self._num_batches: dict[str, int] = {}
         self._stack: ExitStack | None = None
@@ -130,12 +131,16 @@ class CalibrationCollector(LayerObserver):
                 )
         return CalibrationStatistics(
             shape=model_shape(self.model),
-            corpora={
-                corpus: tuple({name: value.cpu() for name, value in sums.items()} for sums in layers)
-                for corpus, layers in self._sums.items()
-            },
+            corpora=self.sums(),
             weights=tuple(weight_norms(layer.experts) for layer in self.layers),
         )
+
+    def sums(self) -> dict[str, tuple[dict[str, Tensor], ...]]:
+        """Corpus -> for each of the layers -> name -> what was added up so far, float64 on the CPU."""
+        return {
+            corpus: tuple({name: value.cpu() for name, value in sums.items()} for sums in layers)
+            for corpus, layers in self._sums.items()
+        }
 
     def end_router(self, layer: MoeLayer, logits_TE: Tensor) -> None:
         """Adds the router's probabilities."""
@@ -158,7 +163,7 @@ class CalibrationCollector(LayerObserver):
 
     def _add(self, layer: MoeLayer, sums: Mapping[str, Tensor]) -> None:
         assert self._corpus is not None
-        totals = self._sums[self._corpus][layer.index]
+        totals = self._sums[self._corpus][self._position[layer.index]]
         for name, value in sums.items():
             value = value.double()
             if name not in totals:
@@ -168,7 +173,7 @@ class CalibrationCollector(LayerObserver):
             else:
                 totals[name] += value
         finite = torch.stack([value.double().sum() for value in sums.values()]).isfinite().all()
-        self._finite.append((layer.index, finite))
+        self._finite.append((self._position[layer.index], finite))
 
     def _counted_tokens(self, layer: MoeLayer, like_TX: Tensor) -> CountedTokens:
         if self._corpus is None:
@@ -200,7 +205,7 @@ class CalibrationCollector(LayerObserver):
             raise ValueError(f"Batch {number} of corpus '{corpus}' did not run the model. Call it inside the context.")
         device = self._finite[0][1].device
         finite = torch.stack([flag.to(device) for _, flag in self._finite]).tolist()
-        broken = [index for (index, _), flag in zip(self._finite, finite, strict=True) if not flag]
+        broken = [position for (position, _), flag in zip(self._finite, finite, strict=True) if not flag]
         if broken:
             raise ValueError(
                 f"{self.layers[min(broken)].name}: NaN or infinity in batch {number} of corpus '{corpus}'. "
@@ -249,62 +254,3 @@ def collect_statistics(
         reader.check_not_empty()
         collector.reduce(processes)
         return collector.statistics()
-
-
-class TextReader:
-    """Corpus and decoder inputs of every batch of this process, corpus by corpus, under a progress bar.
-
-    Args:
-        loaders: corpus name -> batches.
-        device: where the batches go.
-        progress: show a progress bar.
-        processes: those that share the batches.
-        title: what stands before the progress bar.
-    """
-
-    def __init__(
-        self,
-        loaders: Mapping[str, Iterable[Batch]],
-        *,
-        device: torch.device | str,
-        progress: bool,
-        processes: Processes = ALONE,
-        title: str = "Calibrating",
-    ) -> None:
-        self.loaders = loaders
-        self.device = device
-        self.processes = processes
-        self._bar = {"disable": hidden(progress=progress and processes.rank == 0), "leave": False}
-        self._title = title
-        self._counts = torch.zeros(len(loaders), 2, dtype=torch.int64)
-
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Counts as it reads."""
-        self._counts.zero_()
-        for index, (corpus, loader) in enumerate(self.loaders.items()):
-            for batch in tqdm(self.processes.share(loader), desc=f"{self._title}: {corpus}", **self._bar):
-                inputs = {
-                    name: batch[name].to(self.device) for name in ("input_ids", "attention_mask") if name in batch
-                }
-                mask = inputs.get("attention_mask")
-                num_tokens = inputs["input_ids"].numel() if mask is None else int(mask.count_nonzero())
-                self._counts[index] += torch.tensor([1, num_tokens])
-                yield corpus, inputs
-
-    def check_not_empty(self) -> int:
-        """After reading: the tokens that count, of all processes together.
-
-        Raises:
-            ValueError: a corpus had no batch, or all its tokens are padding.
-        """
-        self.processes.sum_(self._counts)
-        for corpus, (num_batches, num_tokens) in zip(self.loaders, self._counts.tolist(), strict=True):
-            if num_tokens == 0:
-                what = "only padding" if num_batches else "no batch"
-                raise ValueError(f"Corpus '{corpus}' has {what}. Give it text, or leave it out.")
-        return int(self._counts[:, 1].sum())
-
-    @property
-    def num_tokens(self) -> dict[str, int]:
-        """After `check_not_empty`: the tokens of each corpus that count."""
-        return dict(zip(self.loaders, self._counts[:, 1].tolist(), strict=True))

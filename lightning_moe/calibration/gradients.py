@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lightning_moe.calibration.collector import Batch, TextReader
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
 from lightning_moe.calibration.routed import effective_matrices, sum_dtype
+from lightning_moe.calibration.text import Batch, TextReader
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
 

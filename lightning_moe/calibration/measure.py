@@ -40,6 +40,7 @@ _CHANNEL_NAMES = (
 _SALIENCY, _MAX, _GATE, _UP = 3, 4, 5, 6
 # Terms of a float32 sum of nonnegative numbers that keep its error below 1e-7.
 _SHORT_SUM = 256
+_NORM_NAMES = (*WEIGHT_NORMS, *WEIGHT_ABS_SUMS)
 _MOMENT_NAMES = ("output_sum", "output_sq", "input_sq")
 _PAIR_NAMES = ("count", "gate_weight", "norm", "sq_norm", "weighted_norm", "ablation")
 
@@ -100,7 +101,6 @@ class LayerMeasurement:
         self.outputs = outputs
         self.widths = expert_widths(experts)
         self.offsets = tuple(accumulate(self.widths, initial=0))
-        self.hidden: dict[int, Tensor] = {}
 
     def run(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output `[T, H]`, as the experts themselves would give it; takes all that does not need q."""
@@ -113,6 +113,7 @@ class LayerMeasurement:
             num_experts=len(self.widths),
             dtype=self.sum_dtype,
         )
+        self.hidden = self._hidden_buffers(hidden_TH)
         self._start_sums(hidden_TH)
         self.routed_TH = torch.zeros_like(hidden_TH, dtype=self.sum_dtype)
         for one in expert_passes(self.experts, hidden_TH, pairs=self.pairs, routed_TH=self.routed_TH):
@@ -141,6 +142,18 @@ class LayerMeasurement:
         self.sums |= self._pair_sums(inverse_S) | {"attribution": attribution_E}
         return self.sums | {"layer_energy": layer_T.sum(), "num_tokens": _count(layer_T)}
 
+    def _hidden_buffers(self, like: Tensor) -> dict[int, Tensor]:
+        """Where the hidden activations of each expert with counted pairs are kept, `[S, n]`.
+
+        One block of memory: many, each between two experts' temporaries, would keep the allocator from reusing these.
+        """
+        rows = map(self.pairs.counted_rows, range(len(self.widths)))
+        shapes = {expert: (part.stop - part.start, self.widths[expert]) for expert, part in enumerate(rows)}
+        shapes = {expert: shape for expert, shape in shapes.items() if shape[0]}
+        sizes = [num_pairs * width for num_pairs, width in shapes.values()]
+        parts = like.new_empty(sum(sizes)).split(sizes)
+        return {expert: part.view(shape) for (expert, shape), part in zip(shapes.items(), parts, strict=True)}
+
     def _start_sums(self, like: Tensor) -> None:
         num_experts = len(self.widths)
         self.channel_7C = like.new_zeros(len(_CHANNEL_NAMES), self.offsets[-1], dtype=self.sum_dtype)
@@ -153,7 +166,7 @@ class LayerMeasurement:
             self.sums = {name: new() for name in _MOMENT_NAMES}
 
     def _take_expert(self, one: ExpertPass) -> None:
-        self.hidden[one.expert] = one.hidden_Sn
+        self.hidden[one.expert].copy_(one.hidden_Sn)
         self._sum_sq(one.gate_Sn, out=self._channels(_GATE, one.expert))
         self._sum_sq(one.up_Sn, out=self._channels(_UP, one.expert))
         torch.linalg.vector_norm(one.output_SH, dim=1, dtype=self.sum_dtype, out=self.norm_S[one.rows])
@@ -242,14 +255,15 @@ def weight_norms(experts: nn.Module) -> dict[str, Tensor]:
 
     Float64 `[C]` on the CPU.
     """
-    dtype = sum_dtype(next(experts.parameters()).dtype)
-    norms: dict[str, list[Tensor]] = {name: [] for name in (*WEIGHT_NORMS, *WEIGHT_ABS_SUMS)}
-    for expert in range(len(expert_widths(experts))):
-        matrices = effective_matrices(experts, expert, dtype=dtype)
-        for square_name, abs_name, matrix_nH in zip(WEIGHT_NORMS, WEIGHT_ABS_SUMS, matrices, strict=True):
-            norms[square_name].append(_row_sums(matrix_nH.detach().square()))
-            norms[abs_name].append(_row_sums(matrix_nH.detach().abs()))
-    return {name: torch.cat(values).cpu() for name, values in norms.items()}
+    parameter, widths = next(experts.parameters()), expert_widths(experts)
+    dtype = sum_dtype(parameter.dtype)
+    # One tensor from the start: small ones between large temporaries would keep the allocator from reusing these.
+    norm_6C = torch.empty(len(_NORM_NAMES), sum(widths), dtype=torch.float64, device=parameter.device)
+    for expert, part_6n in enumerate(norm_6C.split(widths, dim=1)):
+        for index, matrix_nH in enumerate(effective_matrices(experts, expert, dtype=dtype)):
+            part_6n[index] = _row_sums(matrix_nH.detach().square())
+            part_6n[index + len(WEIGHT_NORMS)] = _row_sums(matrix_nH.detach().abs())
+    return dict(zip(_NORM_NAMES, norm_6C.cpu(), strict=True))
 
 
 def _row_sums(value_nH: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def observed(layers: Sequence[MoeLayer], *, observer: LayerObserver) -> Iterator
         _check_experts(layer)
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_replaced_forward(layer.experts, _experts_forward(layer, observer)))
+            stack.enter_context(replaced_forward(layer.experts, _experts_forward(layer, observer)))
             stack.callback(layer.router.register_forward_hook(_router_hook(layer, observer)).remove)
             stack.callback(layer.decoder_layer.register_forward_hook(_layer_hook(layer, observer)).remove)
         yield
@@ -77,15 +77,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced_forward(experts: nn.Module, forward: ExpertsForward) -> Iterator[None]:
-    """One way for stock experts, ChannelExperts and packed ones: an attribute of the instance hides its class's."""
-    before = {key: value for key, value in vars(experts).items() if key == "forward"}
-    experts.forward = forward
+def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """One way for every module, packed ones included: an attribute of the instance hides its class's method."""
+    before = {key: value for key, value in vars(module).items() if key == "forward"}
+    module.forward = forward
     try:
         yield
     finally:
-        del experts.forward
-        vars(experts).update(before)
+        del module.forward
+        vars(module).update(before)
 
 
 def _experts_forward(layer: MoeLayer, observer: LayerObserver) -> ExpertsForward:

@@ -3,7 +3,7 @@
 T tokens, K experts per token, S = T*K routed pairs sorted by expert, E experts, n channels of an expert, H hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -129,19 +129,24 @@ class ExpertPass:
 
 
 def expert_passes(
-    experts: nn.Module, hidden_TH: Tensor, *, pairs: RoutedPairs, routed_TH: Tensor
+    experts: nn.Module,
+    hidden_TH: Tensor,
+    *,
+    pairs: RoutedPairs,
+    routed_TH: Tensor,
+    wanted: Container[int] | None = None,
 ) -> Iterator[ExpertPass]:
     """Runs the experts on their pairs, adds `g z` to `routed_TH` (in the type of the sums), and shows each expert.
 
     What belongs to one expert is used up before the next one, so it stays in the processor's cache. The same few
     kernels an expert for stock experts, ChannelExperts and packed ones; under an adapter its weights are those of the
     adapted expert, merged for this pass. An expert without pairs is neither loaded nor
-    shown; one with nothing but padding is not shown.
+    shown, nor is one that is not in `wanted` where that is given; one with nothing but padding is not shown.
     """
     act_fn = without_adapter(experts).get_submodule("act_fn")
     for expert in range(len(expert_widths(experts))):
         rows, counted = pairs.rows(expert), pairs.counted_rows(expert)
-        if rows.start == rows.stop:
+        if rows.start == rows.stop or (wanted is not None and expert not in wanted):
             continue
         gate_nH, up_nH, down_nH = effective_matrices(experts, expert, dtype=hidden_TH.dtype)
         token_S = pairs.token_S[rows]

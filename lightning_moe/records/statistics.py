@@ -3,7 +3,7 @@
 # C channels of a layer, E experts, H hidden size, B bins of the router entropy
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -220,7 +220,7 @@ class CalibrationStatistics:
                     )
         corpora = {
             corpus: tuple(
-                dict(own) | dict(more) | {"num_tokens": own["num_tokens"]}
+                LazyTensors(_sources(own) | _sources(more) | _sources({"num_tokens": own["num_tokens"]}))
                 for own, more in zip(layers, sums[corpus], strict=True)
             )
             for corpus, layers in self.corpora.items()
@@ -279,6 +279,11 @@ class CalibrationStatistics:
             )
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"'{path}' does not hold valid {_KIND}: {error} Calibrate again.") from error
+
+
+def _sources(tensors: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """What gives each tensor: none is read now."""
+    return {name: partial(tensors.__getitem__, name) for name in tensors}
 
 
 def _layer_index(index: str, *, layers: Sequence[object], key: str) -> int:

@@ -24,6 +24,9 @@ _EXAMPLE = "`speeches: {source: asset:text/speeches/recovery.jsonl}`"
 
 Role = Literal["train", "validation", "calibration"]
 
+# Tokens of a calibration batch where its rows are not given.
+_CALIBRATION_TOKENS = 2048
+
 
 class TextDataModule(LightningDataModule):
     """Text, instruction or conversation corpora as rows of equal length.
@@ -46,7 +49,8 @@ class TextDataModule(LightningDataModule):
         calibration_sequence_length: Tokens in a calibration row, at least 2; null: `sequence_length`.
         batch_size: Rows in a training batch of one process.
         validation_batch_size: Rows in a validation batch; null: as in training.
-        calibration_batch_size: Rows in a calibration batch; null: as in validation.
+        calibration_batch_size: Rows in a calibration batch; null: as in validation, but 2,048 tokens at most (or one
+            row), since a layer's activations lie in memory beside it.
         seed: Seed of the training order.
         num_workers: Processes that load batches; the rows are in memory already, so 0 is right for most uses.
         drop_last: Drop the last training batch of an epoch if it is not full.
@@ -86,10 +90,11 @@ class TextDataModule(LightningDataModule):
         self.validation_batch_size = _at_least(
             1, name="validation_batch_size", value=_default(validation_batch_size, otherwise=batch_size)
         )
+        fitting_rows = max(1, _CALIBRATION_TOKENS // self.sequence_lengths["calibration"])
         self.calibration_batch_size = _at_least(
             1,
             name="calibration_batch_size",
-            value=_default(calibration_batch_size, otherwise=self.validation_batch_size),
+            value=_default(calibration_batch_size, otherwise=min(self.validation_batch_size, fitting_rows)),
         )
         self.seed = seed
         self.num_workers = _at_least(0, name="num_workers", value=num_workers)

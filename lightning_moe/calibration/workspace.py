@@ -1,0 +1,115 @@
+"""The folder in which a long command keeps what it needs to go on after it was interrupted."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lightning_moe.calibration.processes import ALONE, Processes
+from lightning_moe.files import read_json, write_json
+
+_RUN = "run.json"
+_TEMPORARY = ".*.tmp"
+_LOCK = "run.lock"
+_ANOTHER = "Give another working folder (`workspace`)"
+# The locks of this process, by folder: file descriptors that stay open, since a lock goes with its file.
+_locks: dict[Path, int] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """A folder of one run: `run.json`, which tells this run from another one, and files that are whole or not there.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, run: Mapping[str, str], processes: Processes = ALONE, another: str = _ANOTHER
+    ) -> Self:
+        """Makes the folder, or takes up what an interrupted run left there.
+
+        Args:
+            path: where; its parent must be writable.
+            run: what must be the same for the files to be of use: checkpoint, text, settings.
+            processes: those that share the run, and the folder.
+            another: what to do where the folder is taken, for the message.
+
+        Raises:
+            ValueError: the folder is of another run (the message says what differs), in use by one, holds something
+                else, or cannot be made.
+        """
+        path = Path(path)
+        run = dict(run) | {"processes": str(processes.size)}
+        with processes.together():
+            if processes.rank == 0:
+                _prepare(path, run=run, another=another)
+        return cls(path=path)
+
+    def file(self, name: str) -> Path:
+        """Path of a file."""
+        return self.path / name
+
+    def done(self, name: str) -> bool:
+        """Whether a file is there: then it is whole."""
+        return self.file(name).is_file()
+
+    def remove(self) -> None:
+        """Removes the folder with all its files."""
+        shutil.rmtree(self.path)
+        lock = _locks.pop(self.path.absolute(), None)
+        if lock is not None:
+            os.close(lock)
+
+
+def _prepare(path: Path, *, run: Mapping[str, str], another: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        left = set(path.glob(_TEMPORARY))
+        if set(path.iterdir()) - left - {path / _LOCK}:
+            _check_same(path, run=run, another=another)
+        _lock(path, another=another)
+        for file in left:
+            file.unlink()
+        write_json(path / _RUN, dict(run))
+    except OSError as error:
+        raise ValueError(f"The working folder must be one that can be written to, got '{path}': {error}.") from error
+
+
+def _lock(path: Path, *, another: str) -> None:
+    """Keeps other runs out until this process ends or removes the folder; the lock of a dead one is gone."""
+    if sys.platform == "win32" or path.absolute() in _locks:
+        return
+    import fcntl
+
+    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(f"Another run is at work in '{path}'. Wait for it. {another} to run both.") from error
+    _locks[path.absolute()] = lock
+
+
+def _check_same(path: Path, *, run: Mapping[str, str], another: str) -> None:
+    advice = f"{another}, or remove this one to start anew."
+    if not (path / _RUN).is_file():
+        raise ValueError(f"'{path}' holds something that is not of an interrupted run. {advice}")
+    try:
+        before: Any = read_json(path / _RUN, what="description of an interrupted run")
+    except ValueError as error:
+        raise ValueError(f"{error} {advice}") from error
+    before = before if isinstance(before, dict) else {}
+    differing = [
+        f"{name} was {before.get(name)!r}, is {run.get(name)!r}"
+        for name in dict.fromkeys([*run, *before])
+        if before.get(name) != run.get(name)
+    ]
+    if differing:
+        raise ValueError(f"'{path}' was left by another run: {'; '.join(differing)}. {advice}")
