@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     for name, hidden_size in (("model", 64), ("narrow", 32)):
         model = tiny_model(hidden_size=hidden_size, dtype=torch.bfloat16)
         model.save_pretrained(folder / name)
+        convert_experts(model)
         collect_statistics(model, loaders=LOADERS, progress=False).save(folder / f"{name}.statistics")
     return folder
 
@@ -64,8 +65,7 @@ def never(*_, **__):
     ],
 )
 def test_another_folder_than_the_budget_was_counted_for_is_refused(budget, options, message, folder, monkeypatch):
-    for name in ("load_on", "quantize_folder"):
-        monkeypatch.setattr(pruning, name, never)
+    monkeypatch.setattr(pruning, "open_folder", never)
     sizes = read_sizes(str(folder / "model"), bits=4)
     plan = plan_for_budget(ExactGlobal(align=4), statistics(folder), budget=budget, sizes=sizes)
     with pytest.raises(ValueError, match=message):
@@ -82,7 +82,7 @@ def test_the_folder_that_the_budget_was_counted_for_is_written(folder):
 
 
 def test_a_hidden_size_that_does_not_fit_4_bit_is_refused_before_loading(folder, monkeypatch):
-    monkeypatch.setattr(pruning, "load_on", never)
+    monkeypatch.setattr(pruning, "open_folder", never)
     with pytest.raises(ValueError, match="multiple of 64, got 32"):
         prune(folder, ExactGlobal().plan(statistics(folder, "narrow"), prune_ratio=0.5), name="narrow", repair=True)
 
@@ -106,7 +106,7 @@ def test_gradients_of_a_packed_model_are_refused_before_the_forward_pass(folder,
     convert_experts(model)
     quantize_model(model)
     save_ragged(model, folder / "packed")
-    monkeypatch.setattr(calibration, "collect_statistics", never)
+    monkeypatch.setattr(calibration, "collect_streamed", never)
     with pytest.raises(ValueError, match="is packed to 4 bit"):
         calibration.calibrate(
             model=str(folder / "packed"), out=folder / "packed.statistics", data=DATA, gradients=True, device="cpu"

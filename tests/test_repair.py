@@ -298,6 +298,9 @@ def test_several_passes_repair_alike():
     layer_gb = 2 * 6 * WIDTH**2 * 4 / 2**30
     one, two = plan_repair(model, **options), plan_repair(model, memory_gb=1.2 * layer_gb, **options)
     torch.testing.assert_close(one.down_rows, two.down_rows, rtol=1e-3, atol=1e-5)
+    in_parts = plan_repair(model, memory_gb=0.4 * layer_gb, **options)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(in_parts.down_rows, one.down_rows, strict=True))
+    assert (in_parts.error_after, in_parts.num_repaired) == (one.error_after, one.num_repaired)
 
 
 def test_the_summary_has_a_line_per_layer():

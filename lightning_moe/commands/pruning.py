@@ -1,24 +1,20 @@
 """The command `prune`."""
 
 import json
-import logging
 from typing import Literal
 
 import torch
 
-from lightning_moe.commands._shared import Device, load_on
-from lightning_moe.export.huggingface import check_replaceable, save_ragged
-from lightning_moe.models.loading import DtypeName, can_stream, read_config, torch_dtype
-from lightning_moe.quantization.linears import quantize_model
+from lightning_moe.commands._shared import Device, check_apart, processes, resolve_device
+from lightning_moe.export.folders import open_folder
+from lightning_moe.export.huggingface import check_replaceable
+from lightning_moe.export.streaming import prune_folder
+from lightning_moe.models.loading import DtypeName, read_config, torch_dtype
 from lightning_moe.quantization.nf4 import check_hidden_size
 from lightning_moe.records import CalibrationStatistics, PrunePlan
-from lightning_moe.surgery.cut import apply_plan
 from lightning_moe.surgery.novices import Novices, mean_outputs
-from lightning_moe.surgery.repair import has_rows_to_fit, plan_repair
-from lightning_moe.surgery.streaming import quantize_folder
+from lightning_moe.surgery.repair import has_rows_to_fit
 from lightning_moe.training.data import TextDataModule
-
-log = logging.getLogger(__name__)
 
 
 def prune(
@@ -29,54 +25,64 @@ def prune(
     data: TextDataModule,
     quantize: Literal["nf4", "none"] = "nf4",
     repair: bool | Literal["after_nf4"] = True,
-    repair_memory_gb: float = 4.0,
+    repair_memory_gb: float | None = None,
     novices: str | None = None,
     dtype: DtypeName = "auto",
     device: Device = "auto",
+    workspace: str | None = None,
 ) -> None:
     """Cut a model by a plan, repair it, pack it, and write a folder that stock `from_pretrained` loads.
 
-    Without repair, a stock model goes to NF4 layer by layer: memory for the packed model and one layer is enough.
+    One decoder layer at a time is in memory, so the model may be larger than that. The folder grows as `OUT.partial`
+    and takes its name when it is whole; interrupted and run again, the command goes on with the first missing shard.
+    Under torchrun the processes share the work.
 
     Args:
-        model: Folder, `asset:small_moe` or hub name of the model the plan was made for.
+        model: Folder, `asset:small_moe` or hub name of the model the plan was made for: stock, cut, or packed to 4 bit.
         plan: File written by `plan`.
         out: Folder to write.
         data: The data module; its `calibration` corpora are used by the repair.
         quantize: `nf4`, or `none` for a ragged folder in the model's own type.
         repair: Refit the down projections by least squares (a second calibration pass); `after_nf4` fits them to
             gate and up projections as 4 bit holds them, also where nothing is cut.
-        repair_memory_gb: Memory for the Gram matrices; more passes where it does not suffice.
+        repair_memory_gb: Memory for the Gram matrices of a layer, which runs over the text several times where it does
+            not suffice; an eighth of a decoder layer if not given.
         novices: Statistics file of the model: experts that go as a whole leave their mean output there behind, and the
             router goes on choosing them (MoNE). Means over the corpora that the plan was made from. Nothing stays of
             them if not given, nor may it under a budget in bytes or stored parameters.
         dtype: Type of the weights.
-        device: Where it runs; `auto` is the GPU if there is one. Packing layer by layer runs on the CPU.
+        device: Where the layer at hand is; `auto` is the GPU if there is one.
+        workspace: Folder for the hidden states of the repair, removed at the end; `OUT.partial` if not given.
     """
     decided = PrunePlan.load(plan)
+    check_apart(out, inputs=[model, plan, novices])
     check_replaceable(out)
+    _check_memory(repair_memory_gb)
     if quantize == "nf4":
         check_hidden_size(decided.shape.hidden_size)
     _check_budget(decided, model=model, packs=quantize == "nf4", dtype=dtype, novices=novices is not None)
-    after_nf4 = repair == "after_nf4"
-    if after_nf4 and quantize != "nf4":
-        raise ValueError("`repair: after_nf4` fits to 4-bit weights, got `quantize: none`. Set `repair` to true.")
     constants = None if novices is None else _constants(novices, plan=decided)
-    wants_repair = bool(repair) and has_rows_to_fit(decided, after_nf4=after_nf4)
-    if quantize == "nf4" and not wants_repair and constants is None and can_stream(model):
-        loaded = quantize_folder(model, plan=decided, dtype=dtype)
-    else:
-        loaded = load_on(model, dtype=dtype, device=device)
-        refit = None
-        if wants_repair:
-            loaders = data.calibration_dataloaders()
-            refit = plan_repair(loaded, plan=decided, loaders=loaders, memory_gb=repair_memory_gb, after_nf4=after_nf4)
-        apply_plan(loaded, plan=decided, repair=refit, novices=constants)
-        if quantize == "nf4":
-            quantize_model(loaded)
-    save_ragged(loaded, out)
-    data.tokenizer.save_pretrained(out)
-    log.info("Pruned model written to %s.", out)
+    wants_repair = bool(repair) and has_rows_to_fit(decided, after_nf4=repair == "after_nf4")
+    with processes(device) as group:
+        prune_folder(
+            open_folder(model, dtype=dtype),
+            plan=decided,
+            out=out,
+            quantize=quantize == "nf4",
+            repair=repair,
+            novices=constants,
+            loaders=data.calibration_dataloaders() if wants_repair else None,
+            memory_gb=repair_memory_gb,
+            workspace=workspace,
+            device=resolve_device(device),
+            processes=group,
+            beside=data.tokenizer.save_pretrained,
+        )
+
+
+def _check_memory(memory_gb: float | None) -> None:
+    if memory_gb is not None and not memory_gb > 0:
+        raise ValueError(f"`repair_memory_gb` must be a number of GB above 0, got {memory_gb!r}.")
 
 
 def _check_budget(plan: PrunePlan, *, model: str, packs: bool, dtype: DtypeName, novices: bool) -> None:

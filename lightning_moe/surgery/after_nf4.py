@@ -6,7 +6,7 @@ S routed pairs of one expert, n channels of it, k of them kept, b of a block, H 
 import torch
 from torch import Tensor
 
-from lightning_moe.calibration.gram import GramColumns
+from lightning_moe.calibration.gram_sums import GramColumns
 from lightning_moe.calibration.routed import ExpertPass, effective_matrices
 from lightning_moe.models.discovery import MoeLayer, expert_widths
 from lightning_moe.models.products import product
@@ -23,7 +23,7 @@ class RoundedChannels(GramColumns):
 
     A dropped channel is lacking as a whole. With the old rows W the expert's output is `F W_k + D W`, so that
     `refit_rows` with `lost_dH = W` fits W_k to F. The rows of 4 bit are those that packing will give, scales included;
-    of experts that are packed already they are the rows as they are. They are kept until `forget`.
+    of experts that are packed already they are the rows as they are. They are kept for a pass over the text.
 
     Args:
         plan: which channels stay.
@@ -55,7 +55,7 @@ class RoundedChannels(GramColumns):
         return torch.cat([rounded_Sk, lacking_Sn], dim=1)
 
     def forget(self, layer: MoeLayer) -> None:
-        """Gives up the 4-bit rows of a layer that is done."""
+        """Gives up the 4-bit rows of a layer: a pass takes them of its own experts."""
         self._rows = {key: rows for key, rows in self._rows.items() if key[0] != layer.index}
 
     def _packed(self, layer: MoeLayer, expert: int, *, keep_n: Tensor) -> tuple[PackedRows, PackedRows]:

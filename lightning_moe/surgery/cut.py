@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from lightning_moe.adapters.cut import cut_dora_experts, cut_router_adapters
 from lightning_moe.adapters.experts import DoraExperts
 from lightning_moe.adapters.router import DoraRouter
-from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows
+from lightning_moe.models.channel_experts import ChannelExperts
+from lightning_moe.models.conversion import to_channel_experts
 from lightning_moe.models.discovery import MoeLayer, expert_widths, is_grouped, model_shape, moe_layers
 from lightning_moe.models.routers import keep_router_rows, mask_router_rows, without_adapter
 from lightning_moe.models.saving import save_with_widths
-from lightning_moe.models.selection import RowSelection, no_rows, select_rows
+from lightning_moe.models.selection import RowSelection, select_rows
 from lightning_moe.quantization.nf4 import PackedRows
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.novices import Novices
@@ -66,7 +67,9 @@ def apply_plan(
         down_rows_CH = None if repair is None else repair.down_rows[layer.index]
         novices_NH = None if novices is None else novices.rows[layer.index].to(model.dtype)
         keep_C = plan.keep[layer.index]
-        replaced = cut_layer(layer, keep_C=keep_C, down_rows_CH=down_rows_CH, novices_NH=novices_NH)
+        replaced = cut_layer(
+            layer, keep_C=keep_C, down_rows_CH=down_rows_CH, novices_NH=novices_NH, reports=bool(optimizers)
+        )
         follow_cut(optimizers, replaced=replaced)  # before the next layer: an optimizer keeps the old rows in memory
     save_with_widths(model)
     if not optimizers:  # in training one line says it (`ScheduledPruner`)
@@ -74,7 +77,12 @@ def apply_plan(
 
 
 def cut_layer(
-    layer: MoeLayer, *, keep_C: Tensor, down_rows_CH: Tensor | None = None, novices_NH: Tensor | None = None
+    layer: MoeLayer,
+    *,
+    keep_C: Tensor,
+    down_rows_CH: Tensor | None = None,
+    novices_NH: Tensor | None = None,
+    reports: bool = True,
 ) -> list[RowSelection]:
     """Cuts one layer, in place: `keep_C` is boolean, channels expert by expert in the router's order.
 
@@ -87,6 +95,8 @@ def cut_layer(
         keep_C: channels that stay.
         down_rows_CH: new down rows of the kept channels, in the same order; not under an adapter.
         novices_NH: constant outputs of the experts that lose their last channels now, in the router's order.
+        reports: return what was replaced. The old rows stay in memory for that; else those of a projection are given
+            up as soon as it is cut, except under an adapter.
 
     Raises:
         ValueError: new down rows for adapted experts.
@@ -99,7 +109,9 @@ def cut_layer(
             raise ValueError(f"'{layer.name}' has adapters, and a repair refits bare weights: set `repair` to false.")
         replaced = cut_dora_experts(layer.experts, keep_C=keep_C, kept_experts=kept_experts)
     else:
-        replaced = _cut_bare_experts(layer, keep_C=keep_C, kept_experts=kept_experts, down_rows_CH=down_rows_CH)
+        replaced = _cut_bare_experts(
+            layer, keep_C=keep_C, kept_experts=kept_experts, down_rows_CH=down_rows_CH, reports=reports
+        )
     if novices_NH is not None:
         _add_novices(layer, experts=[kept_experts.index(e) for e in novices], rows_NH=novices_NH)
     if grouped:
@@ -132,10 +144,10 @@ def _add_novices(layer: MoeLayer, *, experts: Sequence[int], rows_NH: Tensor) ->
 
 
 def _cut_bare_experts(
-    layer: MoeLayer, *, keep_C: Tensor, kept_experts: Sequence[int], down_rows_CH: Tensor | None
+    layer: MoeLayer, *, keep_C: Tensor, kept_experts: Sequence[int], down_rows_CH: Tensor | None, reports: bool
 ) -> list[RowSelection]:
     experts = to_channel_experts(layer.experts)
-    old_rows = dict(experts.named_parameters())
+    old_rows = dict(experts.named_parameters()) if reports else {}
     pruned, index_C = select_rows(experts, keep_C=keep_C, kept_experts=kept_experts)
     if down_rows_CH is not None:
         replace_down_rows(pruned, rows_CH=down_rows_CH)
@@ -143,6 +155,7 @@ def _cut_bare_experts(
     return [
         RowSelection(old=old_rows[name], new=parameter, dim=0, index=index_C.to(parameter.device))
         for name, parameter in pruned.named_parameters()
+        if name in old_rows
     ]
 
 
@@ -172,34 +185,14 @@ def replace_down_rows(experts: ChannelExperts, *, rows_CH: Tensor) -> None:
     """Sets all down rows of a layer, in place; `rows_CH` is in the router's order, packed rows are packed again."""
     experts.origin = replace(experts.origin, refitted=True)
     old: nn.Module = experts.projection("down_proj")
-    stored_CH = torch.empty_like(rows_CH)
-    stored_CH[experts.storage_order()] = rows_CH
+    order_C = experts.storage_order()
     if isinstance(old, PackedRows):
+        stored_CH = torch.empty_like(rows_CH)
+        stored_CH[order_C] = rows_CH
         experts.down_proj = PackedRows.pack(stored_CH.to(old.codes.device))
     else:
-        old.get_parameter("weight").data.copy_(stored_CH)
-
-
-def to_channel_experts(experts: nn.Module) -> ChannelExperts:
-    """Stock experts as ChannelExperts of full width (the stock parameters are given up one by one)."""
-    if isinstance(experts, ChannelExperts):
-        return experts
-    gate_up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
-    num_experts, hidden_size, width = down.shape
-    converted = ChannelExperts(
-        widths=[width] * num_experts,
-        hidden_size=hidden_size,
-        act_fn=experts.get_submodule("act_fn"),
-        rows=no_rows,
-    )
-    trainable = gate_up.requires_grad
-    gate_EnH, up_EnH = gate_up.detach().chunk(2, dim=1)
-    for name, rows_EnH in zip(PROJECTIONS, (gate_EnH, up_EnH, down.detach().transpose(1, 2)), strict=True):
-        # A copy even where a view would do: it must not keep the fused stock tensor alive.
-        rows = DenseRows(rows_EnH.clone(memory_format=torch.contiguous_format).view(-1, hidden_size))
-        rows.weight.requires_grad_(trainable)
-        setattr(converted, name, rows)
-    return converted.train(experts.training)
+        weight_CH = old.get_parameter("weight").data
+        weight_CH[order_C.to(weight_CH.device)] = rows_CH.to(weight_CH)
 
 
 def convert_experts(model: PreTrainedModel) -> None:

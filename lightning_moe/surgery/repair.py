@@ -4,8 +4,9 @@ E experts, C channels of a layer, n channels of one expert (k kept), H hidden.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,13 +14,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lightning_moe.calibration.collector import Batch
-from lightning_moe.calibration.gram import HIDDEN_CHANNELS, LayerGram, iterate_grams
+from lightning_moe.calibration.gram import iterate_grams
+from lightning_moe.calibration.gram_sums import HIDDEN_CHANNELS, GramColumns, LayerGram
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.calibration.routed import down_rows
-from lightning_moe.models.channel_experts import ChannelExperts
+from lightning_moe.models.channel_experts import ChannelExperts, DenseRows
 from lightning_moe.models.discovery import MoeLayer, expert_widths, model_shape, moe_layers
 from lightning_moe.progress import hidden
-from lightning_moe.quantization.nf4 import check_hidden_size
+from lightning_moe.quantization.nf4 import PackedRows, check_hidden_size
 from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.after_nf4 import RoundedChannels, rounded_rows
 from lightning_moe.surgery.least_squares import ExpertRepair, refit_rows, repaired_down_rows, unchanged_rows
@@ -60,18 +62,22 @@ class Repair:
 
     def summary(self) -> str:
         """A table for people: one line per layer."""
-        lines = [f"{'layer':>5} {'experts repaired':>17} {'error before':>13} {'after':>10} {'left':>7}"]
-        layers = zip(self.num_repaired, self.error_before, self.error_after, strict=True)
-        for index, (count, before, after) in enumerate(layers):
-            left = after / before if before else 1.0
-            lines.append(f"{index:>5} {count:>17} {before:>13.3e} {after:>10.3e} {left:>7.1%}")
-        return "\n".join(lines)
+        return repair_table(zip(self.num_repaired, self.error_before, self.error_after, strict=True))
+
+
+def repair_table(layers: Iterable[tuple[int, float, float]]) -> str:
+    """A line per layer of its number of repaired experts, and of the error before and after (see `Repair`)."""
+    lines = [f"{'layer':>5} {'experts repaired':>17} {'error before':>13} {'after':>10} {'left':>7}"]
+    for index, (count, before, after) in enumerate(layers):
+        left = after / before if before else 1.0
+        lines.append(f"{index:>5} {count:>17} {before:>13.3e} {after:>10.3e} {left:>7.1%}")
+    return "\n".join(lines)
 
 
 def has_rows_to_fit(plan: PrunePlan, *, after_nf4: bool = False) -> bool:
     """Whether a repair can change anything: not where whole experts go and the others keep all their channels."""
     indices = range(len(plan.keep))
-    return any(_experts_to_fit(plan, layer_index=index, whole_too=after_nf4) for index in indices)
+    return any(experts_to_fit(plan, layer_index=index, after_nf4=after_nf4) for index in indices)
 
 
 def plan_repair(
@@ -106,87 +112,154 @@ def plan_repair(
         processes: those that share the work; each has the whole model, the same plan and the same loaders.
 
     Raises:
-        ValueError: the plan was made for another model, one layer needs more than `memory_gb`, the model cannot be
+        ValueError: the plan was made for another model, one expert needs more than `memory_gb`, the model cannot be
             packed, or `grams` are given to a repair after NF4.
     """
     plan.check_fits(model_shape(model))
-    layers, rows, numbers = moe_layers(model), [], []
-    rounded = _rounded_channels(plan, grams=grams) if after_nf4 else None
+    layers, found = moe_layers(model), []
+    columns = repair_columns(plan, after_nf4=after_nf4)
     if grams is None:
         grams = iterate_grams(
             model,
             loaders=loaders,
             memory_gb=memory_gb,
-            experts=[_experts_to_fit(plan, layer_index=layer.index, whole_too=after_nf4) for layer in layers],
-            columns=rounded or HIDDEN_CHANNELS,
+            experts=[experts_to_fit(plan, layer_index=layer.index, after_nf4=after_nf4) for layer in layers],
+            columns=columns,
             progress=progress,
             processes=processes,
         )
+    elif after_nf4:
+        raise ValueError("`grams` are of 16-bit channels, and a repair after NF4 takes its own: leave them out.")
+    parts = groupby(grams, key=lambda gram: gram.layer_index)
     fitting = tqdm(layers, desc="Fitting down projections", disable=hidden(progress=progress))
-    for layer, gram in zip(fitting, grams, strict=True):
+    for layer, (index, of_layer) in zip(fitting, parts, strict=True):
+        assert index == layer.index
         keep_C = plan.keep[layer.index]
-        repairs = repair_layer(layer, gram=gram, keep_C=keep_C, after_nf4=after_nf4, processes=processes)
-        if rounded is not None:
-            rounded.forget(layer)
-        rows.append(torch.cat([one.down_rows for one in repairs]))
-        before, after = sum(one.error_before for one in repairs), sum(one.error_after for one in repairs)
-        repaired = sum(one.ridge is not None for one in repairs)
-        numbers.append((before / gram.num_tokens, after / gram.num_tokens, repaired))
-    errors_before, errors_after, num_repaired = zip(*_summed(rows, numbers, processes), strict=True)
+        rows_kH = torch.zeros(int(keep_C.sum()), plan.shape.hidden_size, dtype=_row_dtype(layer))
+        rows_by_expert = rows_kH.split(plan.widths(layer.index))
+        errors = repair_layer(
+            layer,
+            grams=of_layer,
+            keep_C=keep_C,
+            place=lambda expert, own_kH, into=rows_by_expert: into[expert].copy_(own_kH),
+            after_nf4=after_nf4,
+            processes=processes,
+        )
+        found.append((rows_kH, errors))
     repair = Repair(
         plan_digest=plan.digest,
-        down_rows=tuple(rows),
-        error_before=errors_before,
-        error_after=errors_after,
-        num_repaired=num_repaired,
+        down_rows=tuple(rows_kH for rows_kH, _ in found),
+        error_before=tuple(errors.before for _, errors in found),
+        error_after=tuple(errors.after for _, errors in found),
+        num_repaired=tuple(errors.num_repaired for _, errors in found),
     )
     log.info("Repair of W_down, predicted error per token:\n%s", repair.summary())
     return repair
 
 
-def _rounded_channels(plan: PrunePlan, *, grams: Iterable[LayerGram] | None) -> RoundedChannels:
+def repair_columns(plan: PrunePlan, *, after_nf4: bool) -> GramColumns:
+    """What the Grams of a repair are of.
+
+    Raises:
+        ValueError: the model cannot be packed.
+    """
+    if not after_nf4:
+        return HIDDEN_CHANNELS
     check_hidden_size(plan.shape.hidden_size)
-    if grams is not None:
-        raise ValueError("`grams` are of 16-bit channels, and a repair after NF4 takes its own: leave them out.")
     return RoundedChannels(plan=plan)
 
 
-def _summed(
-    rows: list[Tensor], numbers: list[tuple[float, float, int]], processes: Processes
-) -> list[tuple[float, float, int]]:
-    """Puts together what each process made of its experts; everything else is 0 there, so sums are exact."""
-    if processes.size == 1:
-        return numbers
-    for index, rows_kH in enumerate(rows):
-        wide_kH = rows_kH.to(torch.promote_types(rows_kH.dtype, torch.float32))
-        processes.sum_(wide_kH)
-        rows[index] = wide_kH.to(rows_kH.dtype)
-    total_L3 = torch.tensor(numbers, dtype=torch.float64)
-    processes.sum_(total_L3)
-    return [(before, after, int(repaired)) for before, after, repaired in total_L3.tolist()]
+@dataclass(frozen=True, kw_only=True)
+class LayerErrors:
+    """Errors of one layer per token before and after its repair (see `Repair`), and how many experts got new rows."""
+
+    before: float
+    after: float
+    num_repaired: int
 
 
 def repair_layer(
-    layer: MoeLayer, *, gram: LayerGram, keep_C: Tensor, after_nf4: bool = False, processes: Processes = ALONE
-) -> list[ExpertRepair]:
-    """Repairs of all experts of one layer, in the router's order; an evicted expert has no rows.
+    layer: MoeLayer,
+    *,
+    grams: Iterable[LayerGram],
+    keep_C: Tensor,
+    place: Callable[[int, Tensor], object],
+    after_nf4: bool = False,
+    processes: Processes = ALONE,
+) -> LayerErrors:
+    """Fits new down rows, one expert after the other, and hands them to `place`; each process gets those of all.
 
-    Rows are on the CPU, in the weights' type (fp32 for packed experts). Of several processes each solves for every
-    `size`-th expert; rows and errors of the others are 0 here. After NF4 the Grams are those of `RoundedChannels`.
+    Several processes each solve for one expert at a time. After NF4 the Grams are those of `RoundedChannels`.
+
+    Args:
+        layer: the layer, uncut; the down rows of an expert may change once they were placed.
+        grams: of its experts, one record or several.
+        keep_C: channels that stay, expert by expert in the router's order.
+        place: takes an expert and its kept rows `[k, H]` on the CPU, in the weights' type (fp32 for packed experts);
+            called once for every expert, those that are in no record last, with their rows as they are.
+        after_nf4: fit to gate and up rows in 4 bit.
+        processes: those that share the experts.
     """
-    experts = layer.experts
-    packed = isinstance(experts, ChannelExperts) and experts.packed
-    dtype = torch.float32 if packed else next(experts.parameters()).dtype
-    repairs = []
-    for expert, keep_n in enumerate(keep_C.split(expert_widths(experts))):
-        down_nH = down_rows(experts, expert, dtype=dtype).detach()
-        if expert % processes.size != processes.rank:
-            repairs.append(unchanged_rows(torch.zeros_like(down_nH[keep_n])))
-        elif after_nf4:
-            repairs.append(_fit_rounded(gram, expert=expert, down_nH=down_nH, keep_n=keep_n))
-        else:
-            repairs.append(_fit_channels(gram, expert=expert, down_nH=down_nH, keep_n=keep_n))
-    return repairs
+    keep_by_expert, num_tokens = keep_C.split(expert_widths(layer.experts)), 1
+    number_E3 = torch.zeros(len(keep_by_expert), 3, dtype=torch.float64)
+    left, own_fit = set(range(len(keep_by_expert))), _fit_rounded if after_nf4 else _fit_channels
+    for gram in grams:
+        num_tokens = gram.num_tokens
+        for first in range(0, len(gram.experts), processes.size):
+            fitted, found = gram.experts[first : first + processes.size], []
+            for position, expert in enumerate(fitted):
+                one = own_fit if position == processes.rank else _fit_elsewhere
+                down_nH = _old_rows(layer, expert)
+                found.append(one(gram, expert=expert, down_nH=down_nH, keep_n=keep_by_expert[expert]))
+            for expert, new in zip(fitted, found, strict=True):  # only now, so that all processes fit at the same time
+                numbers = [new.error_before, new.error_after, new.ridge is not None]
+                number_E3[expert] = _of_all(torch.tensor(numbers, dtype=torch.float64), processes=processes)
+                place(expert, _of_all(new.down_rows, processes=processes))
+        left -= set(gram.experts)
+        del gram  # the next ones are as large
+    for expert in sorted(left):
+        place(expert, _old_rows(layer, expert)[keep_by_expert[expert]].cpu())
+    before, after, repaired = number_E3.sum(0).tolist()
+    return LayerErrors(before=before / num_tokens, after=after / num_tokens, num_repaired=int(repaired))
+
+
+def place_in_layer(experts: ChannelExperts, *, keep_C: Tensor) -> Callable[[int, Tensor], None]:
+    """Puts new rows of kept channels where the old ones are, for a cut that follows; packed rows are packed again."""
+    experts.origin = replace(experts.origin, refitted=True)
+    keep_by_expert, old = keep_C.split(experts.widths), experts.projection("down_proj")
+
+    def place(expert: int, rows_kH: Tensor) -> None:
+        index_k = experts.row_range(expert)[0] + keep_by_expert[expert].nonzero().flatten()
+        new = PackedRows.pack(rows_kH) if experts.packed else DenseRows(rows_kH)
+        for name, value in new.named_parameters():
+            stored = old.get_parameter(name).data
+            stored[index_k.to(stored.device)] = value.data.to(stored)
+
+    return place
+
+
+def _fit_elsewhere(gram: LayerGram, *, expert: int, down_nH: Tensor, keep_n: Tensor) -> ExpertRepair:
+    """Zeros, in the place of what another process fits."""
+    rows_kH = torch.zeros(int(keep_n.sum()), down_nH.shape[1], dtype=down_nH.dtype)
+    return ExpertRepair(down_rows=rows_kH, ridge=None, error_before=0.0, error_after=0.0)
+
+
+def _of_all(value: Tensor, *, processes: Processes) -> Tensor:
+    """The sum over the processes, of which one has something else than zeros: exact."""
+    if processes.size == 1:
+        return value
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    processes.sum_(wide)
+    return wide.to(value.dtype)
+
+
+def _row_dtype(layer: MoeLayer) -> torch.dtype:
+    packed = isinstance(layer.experts, ChannelExperts) and layer.experts.packed
+    return torch.float32 if packed else next(layer.experts.parameters()).dtype
+
+
+def _old_rows(layer: MoeLayer, expert: int) -> Tensor:
+    return down_rows(layer.experts, expert, dtype=_row_dtype(layer)).detach()
 
 
 def _fit_channels(gram: LayerGram, *, expert: int, down_nH: Tensor, keep_n: Tensor) -> ExpertRepair:
@@ -218,7 +291,7 @@ def _fit_rounded(gram: LayerGram, *, expert: int, down_nH: Tensor, keep_n: Tenso
     return replace(one, down_rows=rows_kH.to(one.down_rows))
 
 
-def _experts_to_fit(plan: PrunePlan, *, layer_index: int, whole_too: bool) -> tuple[int, ...]:
-    """Experts that lose some of their channels, but not all, and with `whole_too` those that lose none."""
+def experts_to_fit(plan: PrunePlan, *, layer_index: int, after_nf4: bool = False) -> tuple[int, ...]:
+    """Experts that lose some of their channels, but not all, and after NF4 those that lose none."""
     widths = zip(plan.widths(layer_index), plan.shape.layers[layer_index].widths, strict=True)
-    return tuple(expert for expert, (kept, width) in enumerate(widths) if kept and (whole_too or kept < width))
+    return tuple(expert for expert, (kept, width) in enumerate(widths) if kept and (after_nf4 or kept < width))

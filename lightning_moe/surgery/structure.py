@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from lightning_moe.adapters.storage import adapter_settings, add_adapter
 from lightning_moe.models.channel_experts import ChannelExperts, Origin
+from lightning_moe.models.conversion import to_channel_experts
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
 from lightning_moe.models.saving import save_with_widths
 from lightning_moe.quantization.linears import pack_linear
 from lightning_moe.quantization.nf4 import pack_experts
 from lightning_moe.records.masks import mask_from_hex, mask_to_hex
-from lightning_moe.surgery.cut import cut_layer, to_channel_experts
+from lightning_moe.surgery.cut import cut_layer
 
 _VERSION = 1
 
