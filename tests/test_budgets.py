@@ -234,7 +234,15 @@ def test_a_budget_above_the_model_keeps_all_of_it():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("11.5GB", 11_500_000_000), ("1 KiB", 1024), ("3mb", 3_000_000), ("900", 900), (900, 900), (".5GiB", 2**29)],
+    [
+        ("11.5GB", 11_500_000_000),
+        ("1 KiB", 1024),
+        ("3mb", 3_000_000),
+        ("900000", 900_000),
+        ("900B", 900),
+        (9000, 9000),
+        (".5GiB", 2**29),
+    ],
 )
 def test_sizes_in_words(text, expected):
     assert parse_bytes(text) == expected
@@ -245,6 +253,10 @@ def test_parameters_in_words():
     assert [format_bytes(11.5e9), format_bytes(950), format_params(3.2e6)] == ["11.500 GB", "950 B", "3.200M"]
     with pytest.raises(ValueError, match=r"'4 parsec' is not a size in bytes. Write it like 11.5GB"):
         parse_bytes("4 parsec")
+    with pytest.raises(ValueError, match=r"'0.999' would be 1 bytes. Give its unit: 0.999GB, say, or 0.999B"):
+        parse_bytes("0.999")
+    with pytest.raises(ValueError, match="10 would be 10 bytes"):
+        parse_bytes(10)
     with pytest.raises(ValueError, match="'-3M' is not a number of parameters"):
         parse_params("-3M")
 

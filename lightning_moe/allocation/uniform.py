@@ -35,11 +35,22 @@ def uniform_width(scores: ChannelScores, *, prune_ratio: float, align: int = 16)
     if len(stock) > 1:
         name = next(name for name, own in widths.items() if own != [stock[0]])
         raise ValueError(f"A uniform width needs experts of one width, {name} has {widths[name]}, the model {stock}.")
-    if align > stock[0]:
-        raise ValueError(f"`align`={align} is wider than the experts, {stock[0]} channels. Choose a smaller one.")
-    num_blocks = round((1 - prune_ratio) * stock[0] / align)
-    kept = align * min(max(num_blocks, 1), stock[0] // align)
+    kept = kept_width(stock[0], prune_ratio=prune_ratio, align=align)
     return tuple(
         keep_top_channels(score_C, widths=layer.widths, kept_E=torch.full((layer.num_experts,), kept))
         for layer, score_C in zip(scores.shape.layers, scores.scores, strict=True)
     )
+
+
+def kept_width(width: int, *, prune_ratio: float, align: int) -> int:
+    """What an expert of `width` channels keeps: the nearest multiple of `align`, at least one block; all at ratio 0.
+
+    Raises:
+        ValueError: a setting out of range, or an `align` wider than the expert.
+    """
+    check_prune_ratio(prune_ratio)
+    check_count(align, name="align", lowest=1)
+    if align > width:
+        raise ValueError(f"`align`={align} is wider than the experts, {width} channels. Choose a smaller one.")
+    num_blocks = round((1 - prune_ratio) * width / align)
+    return width if prune_ratio == 0 else align * min(max(num_blocks, 1), width // align)

@@ -12,12 +12,15 @@ _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes from text: `11.5GB` (KB, MB, GB, TB are powers of 1000), `10.7GiB` (KiB, ... of 1024), `900` (bytes).
+    """Bytes from text: `11.5GB` (KB, MB, GB, TB are powers of 1000), `10.7GiB` (KiB, ... of 1024), `900000` (bytes).
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, and a number below 1000 without a unit, which rarely means bytes.
     """
-    return _parse(text, units=_BYTES, what="a size in bytes", example="11.5GB (powers of 1000), 10.7GiB (of 1024)")
+    size = _parse(text, units=_BYTES, what="a size in bytes", example="11.5GB (powers of 1000), 10.7GiB (of 1024)")
+    if size < 1000 and not str(text).strip()[-1].isalpha():
+        raise ValueError(f"{text!r} would be {size} bytes. Give its unit: {text}GB, say, or {text}B.")
+    return size
 
 
 def parse_params(text: str | int) -> int:

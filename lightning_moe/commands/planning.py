@@ -1,32 +1,28 @@
 """The command `plan`."""
 
-import logging
+from inspect import signature
 from typing import Any
 
-from lightning_moe.allocation import build_method
-from lightning_moe.allocation.budgets import Budget, BudgetPlan, spend_budget
-from lightning_moe.allocation.meter import shown
-from lightning_moe.allocation.units import parse_bytes, parse_params
+from lightning_moe.commands._budgeting import plan_from_statistics
+from lightning_moe.commands._sizing import answer_from_config
 from lightning_moe.models.loading import DtypeName
-from lightning_moe.quantization.size import Bits, ModelSizes, read_sizes
-from lightning_moe.records import CalibrationStatistics
-from lightning_moe.reporting.table import Column, format_table
+from lightning_moe.quantization.size import Bits
+from lightning_moe.training.optim import OptimizerName
 
-log = logging.getLogger(__name__)
-
-_COLUMNS = (
-    Column(key="what", header="", left=True),
-    Column(key="before", header="before"),
-    Column(key="asked", header="budget"),
-    Column(key="left", header="plan"),
-    Column(key="binds", header="binds", left=True),
+_TRAINING = (
+    "sequence_length",
+    "batch_size",
+    "optimizer",
+    "gradient_checkpointing",
+    "router_rank",
+    "attention_rank",
 )
 
 
 def plan(
     *,
-    statistics: str,
-    out: str,
+    statistics: str | None = None,
+    out: str | None = None,
     prune_ratio: float | None = None,
     keep_ratio: float | None = None,
     budget: str | int | None = None,
@@ -38,10 +34,24 @@ def plan(
     method: str = "exact_global",
     method_args: dict[str, Any] | None = None,
     corpora: list[str] | None = None,
+    config_json: str | None = None,
+    ratio: float | None = None,
+    fit: str | int | None = None,
+    align: int | None = None,
+    json: str | None = None,
+    fit_training: str | int | None = None,
+    sequence_length: int = 1024,
+    batch_size: int = 1,
+    optimizer: OptimizerName = "paged_adamw8bit",
+    gradient_checkpointing: bool = True,
+    router_rank: int = 4,
+    attention_rank: int = 0,
 ) -> None:
-    """Decide which channels stay; reads a statistics file, writes a plan (JSON), needs no weights.
+    """Decide which channels stay, from statistics; or count what a model takes, from its config alone. No weights.
 
-    At least one of `prune_ratio` or `keep_ratio`, `budget`, `stored_params` and `active`; several hold together.
+    With `statistics` and `out` it writes a plan (JSON) for `prune`: at least one of `prune_ratio` or `keep_ratio`,
+    `budget`, `stored_params` and `active`; several hold together. With `config_json` it says what the model takes,
+    dense and cut: one of `ratio`, `keep_ratio` and `fit`.
 
     Args:
         statistics: File written by `calibrate`.
@@ -58,49 +68,46 @@ def plan(
         method: `exact_global` (ours), `paper_a`, `uniform`, `reap` or another preset.
         method_args: Settings of the method, for example `{align: 64}`.
         corpora: Corpora that count; all of the file if not given.
+        config_json: A `config.json`, or a folder, asset or hub name that has one. Every expert keeps the same width.
+        ratio: Another name for `prune_ratio`.
+        fit: With `config_json`, instead of a ratio: bytes of the folder, such as 10GB. Gives the smallest ratio.
+        align: With `config_json`: widths are multiples of this (16 if not given).
+        json: With `config_json`: file for the numbers.
+        fit_training: With `config_json`: memory of a GPU, such as 24GB. Says which adapters a recovery run on the
+            pruned model can have there, and what takes what; the six that follow belong to it.
+        sequence_length: Tokens of a sequence.
+        batch_size: Sequences of a micro-batch.
+        optimizer: `adamw`, `adamw8bit` or `paged_adamw8bit`.
+        gradient_checkpointing: Recompute each decoder layer in backward.
+        router_rank: Rank of the router's adapters.
+        attention_rank: Rank of the attention's, 0 for none.
     """
-    if all(value is None for value in (prune_ratio, keep_ratio, budget, stored_params, active)):
+    asked, defaults = dict(locals()), {name: known.default for name, known in signature(plan).parameters.items()}
+    given = {name: value for name, value in asked.items() if value != defaults[name]}
+    if ratio is not None and prune_ratio is not None:
+        raise ValueError(f"`ratio` and `prune_ratio` are one thing, got {ratio} and {prune_ratio}. Give one.")
+    if ratio is not None:
+        given["prune_ratio"] = given.pop("ratio")
+    if config_json is not None:
+        training = {name: asked[name] for name in _TRAINING} if fit_training is not None else {}
+        known = {*signature(answer_from_config).parameters, *training}
+        _check(given, known=known, mode="`config_json`")
+        answer_from_config(**given | training)
+        return
+    _check(given, known=set(signature(plan_from_statistics).parameters), mode="`statistics`")
+    if statistics is None or out is None:
         raise ValueError(
-            "Say how much to cut: `prune_ratio`, `keep_ratio`, `budget`, `stored_params`, `active`, one or several."
+            "To make a plan name `statistics` (the file that `calibrate` wrote) and `out`; to count what a model takes "
+            f"name its `config_json`. Got {', '.join(f'`{name}`' for name in given) or 'none of them'}."
         )
-    wanted = Budget(
-        prune_ratio=prune_ratio,
-        keep_ratio=keep_ratio,
-        stored_params=None if stored_params is None else parse_params(stored_params),
-        bytes=None if budget is None else parse_bytes(budget),
-        active=active,
-    )
-    if wanted.needs_sizes and model is None:
-        raise ValueError("`budget` and `stored_params` need `model`, whose config says what is stored. Name the model.")
-    sizes = None if model is None else _sizes(model, bits=bits, dtype=dtype, needed=wanted.needs_sizes)
-    chosen, measured = build_method(method, **(method_args or {})), CalibrationStatistics.load(statistics)
-    spent = spend_budget(chosen, measured, budget=wanted, sizes=sizes, corpora=corpora)
-    spent.plan.save(out)
-    log.info("%s\n%s\nPlan written to %s.", spent.plan.summary(), _table(spent, wanted, sizes=sizes), out)
+    plan_from_statistics(**given)
 
 
-def _sizes(model: str, *, bits: Bits, dtype: DtypeName, needed: bool) -> ModelSizes | None:
-    """Sizes of the model's files; where no budget asks for them, none if they cannot be told."""
-    try:
-        return read_sizes(model, bits=bits, dtype=dtype)
-    except ValueError as error:
-        if needed:
-            raise
-        log.warning("Bytes and parameters are not counted: %s", error)
-        return None
-
-
-def _table(spent: BudgetPlan, budget: Budget, *, sizes: ModelSizes | None) -> str:
-    """What was asked, what the plan takes, and which limit keeps it from being larger."""
-    rows = [
-        {
-            "what": name,
-            "before": shown(name, spent.before[name]),
-            "asked": shown(name, budget.asked[name]) if name in budget.asked else None,
-            "left": shown(name, value),
-            "binds": "yes" if name in spent.binding else None,
-        }
-        for name, value in spent.reached.items()
-    ]
-    table = format_table(rows, columns=_COLUMNS)
-    return table if sizes is None else f"{table}\n(bytes and parameters as stored in {sizes.bits} bit)"
+def _check(given: dict[str, Any], *, known: set[str], mode: str) -> None:
+    """Refuses settings of the other mode."""
+    foreign = [f"`{name}`" for name in given if name not in known]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(foreign)} cannot be had with {mode}: a plan is made from `statistics`, sizes are counted from "
+            "a `config_json` alone, and the settings of a run need `fit_training` there. Leave out the others."
+        )

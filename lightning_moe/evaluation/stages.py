@@ -31,14 +31,16 @@ def check_stage_name(name: str) -> str:
 
 
 def model_bytes(folder: str | Path) -> int | None:
-    """Bytes on disk of a model or adapter folder: its tensors and its configs, without tokenizer and documents.
+    """Bytes on disk of a model or adapter folder: its tensors, their index and its configs.
+
+    The tokenizer and documents do not count.
 
     None where `folder` is not a local folder but a hub name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return None
-    tensors = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    tensors = sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
     return tensors + sum(file.stat().st_size for file in folder.glob("*config.json") if "tokenizer" not in file.name)
 
 

@@ -129,12 +129,17 @@ def expert_runs(
         device: where the product is computed.
     """
     on_cpu = device.type == "cpu"
-    most = max(1, (_RUN_BYTES_CPU if on_cpu else _RUN_BYTES_GPU) // max(1, 4 * group.width * hidden_size))
+    most = max(1, run_bytes(device.type) // max(1, 4 * group.width * hidden_size))
     hit = [g for g in range(group.num_experts) if bounds[g] < bounds[g + 1]]
     few = packed and 2 * len(hit) <= group.num_experts
     chosen = hit if on_cpu or few else range(group.num_experts)
     runs = [ExpertRun.cut(group, bounds, first=first, last=last) for first, last in _stretches(chosen, most=most)]
     return [run for run in runs if run.bounds[-1]]
+
+
+def run_bytes(device_type: str) -> int:
+    """Limit of a run's dense fp32 rows of one projection on a device of this type."""
+    return _RUN_BYTES_CPU if device_type == "cpu" else _RUN_BYTES_GPU
 
 
 def _stretches(positions: Sequence[int], *, most: int) -> Iterator[tuple[int, int]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lightning_moe.models.channel_experts import PROJECTIONS
-from lightning_moe.models.discovery import MoeLayer, expert_widths, is_grouped, moe_layers
-from lightning_moe.models.loading import DtypeName, clear_errors, find_file, read_config
+from lightning_moe.models.discovery import MoeLayer, decoder_names, expert_widths, is_grouped, layer_shape, moe_layers
+from lightning_moe.models.loading import DtypeName, clear_errors, config_errors, find_file, read_config
 from lightning_moe.models.routers import row_tensor
 from lightning_moe.models.saving import QUANT_METHOD
 from lightning_moe.quantization.linears import linears_to_pack
@@ -24,8 +24,8 @@ from lightning_moe.quantization.stored import (
     StoredTensor,
     as_stored,
     expert_tensors,
-    file_bytes,
     packed_linear_tensors,
+    sharded_bytes,
 )
 from lightning_moe.records import ModelShape
 
@@ -40,6 +40,7 @@ class LayerSizes:
     Args:
         name: Full name of the experts module.
         widths: Channels of each expert before any cut, E numbers.
+        top_k: Experts a token is routed to.
         router: Tensors with one entry per expert, each with the dimension of that entry.
         trained: Names of those of them that are parameters.
         grouped: The router keeps the rows of experts that are gone.
@@ -48,6 +49,7 @@ class LayerSizes:
 
     name: str
     widths: tuple[int, ...]
+    top_k: int
     router: tuple[tuple[StoredTensor, int], ...]
     trained: frozenset[str]
     grouped: bool
@@ -72,15 +74,17 @@ class ModelSizes:
 
     Counted is the folder that `prune` writes: tensors as they are stored (4 bits: NF4 rows with an 8-bit scale per
     block and one fp32 scale per row, Linear layers around them in double-quantised NF4; embeddings, head, routers and
-    norms in 16 bit), the header of the file, `config.json` with every width, and `generation_config.json`. The
-    tokenizer is left out, as in `model_bytes`. Exact in 16 bit; in 4 bit a few bytes above for each packed Linear
-    layer, whose description spells out a number of the data's.
+    norms in 16 bit), in a file for each decoder layer and one for the rest, the headers of the files, their index,
+    `config.json` with every width, and `generation_config.json`. The tokenizer is left out, as in `model_bytes`. Exact
+    in 16 bit; in 4 bit a few bytes above for each packed Linear layer, whose description spells out a number of the
+    data's.
 
     Args:
         bits: 16, or 4 for NF4.
         hidden_size: H.
         expert_dtype: Type of expert rows in 16 bit.
         layers: The MoE layers.
+        decoder_names: Full names of the decoder layers, dense ones included.
         fixed: Every tensor outside experts and routers.
         fixed_params: Parameters among them, counted before packing.
         config: Content of `config.json` without the widths.
@@ -92,6 +96,7 @@ class ModelSizes:
     hidden_size: int
     expert_dtype: torch.dtype
     layers: tuple[LayerSizes, ...]
+    decoder_names: tuple[str, ...]
     fixed: tuple[StoredTensor, ...]
     fixed_params: int
     config: dict[str, Any]
@@ -142,13 +147,14 @@ class ModelSizes:
         return found
 
     def num_bytes(self, widths: Widths) -> int:
-        """Bytes of the folder: the file of tensors and the two configs."""
+        """Bytes of the folder: the files of tensors, their index, and the two configs."""
         content = deepcopy(self.config)
         content["quantization_config"]["widths"] = {
             layer.name: layer.kept(own) for layer, own in zip(self.layers, widths, strict=True)
         }
         text = json.dumps(content, indent=self.indent) + "\n"
-        return file_bytes(self.tensors(widths)) + len(text.encode()) + self.rest_bytes
+        files = sharded_bytes(self.tensors(widths), decoder_names=self.decoder_names)
+        return files + len(text.encode()) + self.rest_bytes
 
     def check_fits(self, shape: ModelShape) -> None:
         """Refuses statistics or a plan of another model (one that was cut since has fewer channels and fits).
@@ -180,14 +186,21 @@ def read_sizes(
     Raises:
         ValueError: see `sizes_of`; or there is no config, or its family is not supported.
     """
-    config = read_config(source)
     own = None if dtype == "auto" else getattr(torch, dtype)
-    sizes = sizes_of(config, bits=bits, dtype=own, stored_dtype=stored_dtype)
-    generation = find_file(source, "generation_config.json")
-    if generation is None:
-        return sizes
+    config = read_config(source)
+    with config_errors(source):
+        sizes = sizes_of(config, bits=bits, dtype=own, stored_dtype=stored_dtype)
+    rest = generation_bytes(source)
+    return sizes if rest is None else replace(sizes, rest_bytes=rest)
+
+
+def generation_bytes(source: str) -> int | None:
+    """Bytes of the `generation_config.json` of a folder, asset or hub name, written anew; None if it has none."""
+    file = find_file(source, "generation_config.json")
+    if file is None:
+        return None
     with clear_errors(source):
-        return replace(sizes, rest_bytes=_text_bytes(GenerationConfig.from_pretrained(generation.parent)))
+        return _text_bytes(GenerationConfig.from_pretrained(file.parent))
 
 
 def sizes_of(
@@ -236,6 +249,7 @@ def _measured(model: PreTrainedModel, *, bits: Bits, stored_dtype: torch.dtype |
         hidden_size=int(model.config.get_text_config().hidden_size),
         expert_dtype=model.dtype if stored_dtype is None else stored_dtype,
         layers=measured,
+        decoder_names=tuple(decoder_names(model)),
         fixed=fixed,
         fixed_params=sum(parameter.numel() for name, parameter in model.named_parameters() if name in names),
         config=config,
@@ -265,6 +279,7 @@ def _layer_sizes(layer: MoeLayer) -> LayerSizes:
     return LayerSizes(
         name=layer.name,
         widths=expert_widths(layer.experts),
+        top_k=layer_shape(layer).top_k,
         router=tuple(router),
         trained=trained,
         grouped=grouped,

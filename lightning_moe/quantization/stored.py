@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file before there is one: names, types, shapes, and what their header takes.
+"""Tensors of safetensors files before there are any: names, types, shapes, what headers and the index of shards take.
 
 n rows, m columns of a Linear layer.
 """
@@ -105,3 +105,21 @@ def file_bytes(tensors: Iterable[StoredTensor]) -> int:
         begin = end
     header = len(json.dumps(content, separators=(",", ":")))
     return 8 + -(-header // 8) * 8 + begin
+
+
+def sharded_bytes(tensors: Iterable[StoredTensor], *, decoder_names: Sequence[str]) -> int:
+    """Bytes of the files that `prune` writes, and of their index.
+
+    L decoder layers make L + 1 files: one for each of `decoder_names`, and the last for everything outside them.
+    """
+    shards: list[list[StoredTensor]] = [[] for _ in range(len(decoder_names) + 1)]
+    shard_of = {name: index for index, name in enumerate(decoder_names)}
+    depth = decoder_names[0].count(".") + 1
+    total_size, files = 0, {}
+    for tensor in tensors:
+        index = shard_of.get(".".join(tensor.name.split(".")[:depth]), len(decoder_names))
+        shards[index].append(tensor)
+        total_size += tensor.num_bytes
+        files[tensor.name] = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+    described = {"metadata": {"total_size": total_size}, "weight_map": files}  # the order does not change its length
+    return sum(map(file_bytes, shards)) + len(json.dumps(described, indent=2)) + 1
