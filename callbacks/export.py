@@ -7,12 +7,16 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from callbacks._loaders import text_data
+from callbacks._pruning import prunings
 from callbacks._strategy import check_gatherable, gathered
 from callbacks._trainer import find_callback, find_optional, language_model
 from callbacks.recovery import Recovery
 from lightning_moe.adapters.storage import AdapterDtype
-from lightning_moe.export.deploy import ExportFormat, ExportResult, check_formats, export_model, needs_adapters
+from lightning_moe.export.deploy import export_model
+from lightning_moe.export.formats import ExportFormat, check_formats, needs_adapters
+from lightning_moe.export.result import ExportResult
 from lightning_moe.models.loading import DtypeName
+from lightning_moe.training.module import LanguageModelModule
 from lightning_moe.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
@@ -24,9 +28,9 @@ class ExportPruned(Callback):
     Args:
         folder: Where the exports go, one subfolder each.
         formats: `adapter` (base folder and PEFT adapter), `merged` (adapters merged, unpacked), `merged_nf4` (merged
-            and packed again: what ships), `ragged` (the model as it is, without adapters), `padded` (stock layout),
-            `stock` (an uncut model in stock layout), `nf4` (packed, without adapters; the last). Null: the first and
-            the third.
+            and packed again: what ships); without adapters `ragged` (unpacked), `nf4` (packed; the last), and in
+            stock layout `uniform` (a model of one width), `expert_dropped` (equally many experts gone in each
+            layer), `padded` (any) or `stock` (an uncut model). Null: the first and the third.
         adapter_dtype: Type of the stored adapter; `float16` halves the file.
         dtype: Stored type of unpacked matrices such as the embeddings; `auto` keeps the model's.
     """
@@ -70,6 +74,17 @@ class ExportPruned(Callback):
             adapter_dtype=self.adapter_dtype,
             dtype=self.dtype,
             tokenizer=None if data is None else data.tokenizer,
+            source=_source(pl_module),
+            plans=[plan for pruning in prunings(trainer) for plan in pruning.plans],
         )
         for result in self.results:
             log.info("Exported %s: %s", result.format, result.describe())
+
+
+def _source(pl_module: LightningModule) -> str | None:
+    """What a module of ours was loaded from; None of somebody else's, whose model says it itself."""
+    if not isinstance(pl_module, LanguageModelModule):
+        return None
+    settings = pl_module.hparams
+    shape = "random weights in the shape of " if settings.get("from_scratch") else ""
+    return f"{shape}{settings['source']}"

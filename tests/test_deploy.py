@@ -8,8 +8,11 @@ from tiny_runs import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_moe.adapters.inject import AdapterConfig, inject_adapters
-from lightning_moe.export import deploy
-from lightning_moe.export.deploy import adapters_detached, export_model, probe_logits
+from lightning_moe.export import writers
+from lightning_moe.export.comparing import Probe
+from lightning_moe.export.deploy import export_model
+from lightning_moe.export.formats import check_targets
+from lightning_moe.export.writers import adapters_detached
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.models.loading import load_model
@@ -134,7 +137,7 @@ def test_a_sabotaged_reload_is_refused(format, tmp_path, monkeypatch):
 
     model = tiny_model() if format == "stock" else cut_model(packed=False)
     peft_model = adapted(model) if format in ("adapter", "merged", "merged_nf4") else None
-    monkeypatch.setattr(deploy, "load_model", sabotaged)
+    monkeypatch.setattr(writers, "load_model", sabotaged)
     with pytest.raises(ValueError, match=r"does not reproduce the model: .* do not ship it"):
         export_model(model, folder=tmp_path, formats=[format], peft_model=peft_model)
 
@@ -145,7 +148,7 @@ def test_a_lost_expert_does_not_hide_behind_the_rounding_of_the_stored_type(tmp_
         moe_layers(model)[0].experts.get_parameter("down_proj.weight").data[:8] = 0
         return model
 
-    monkeypatch.setattr(deploy, "load_model", sabotaged)
+    monkeypatch.setattr(writers, "load_model", sabotaged)
     with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.down_proj.weight' differs after the reload"):
         export_model(cut_model(packed=False), folder=tmp_path, formats=["ragged"], dtype="bfloat16")
 
@@ -162,7 +165,7 @@ def test_logits_that_are_not_numbers_are_refused(tmp_path):
     [
         (["adapter"], "Export format 'adapter' needs adapters and the model has none. Use `ragged` or `nf4`"),
         (["merged_nf4"], "'merged_nf4' needs adapters"),
-        (["gguf"], "Unknown export format 'gguf'. Known: adapter, merged, merged_nf4, ragged, nf4, padded, stock"),
+        (["gguf"], "Unknown export format 'gguf'. Known: adapter, merged, merged_nf4, ragged, nf4, padded, uniform"),
         ([], "Name at least one export format"),
         (["nf4", "ragged"], r"'nf4' packs the model in place and must be the last, got \['nf4', 'ragged'\]"),
     ],
@@ -188,10 +191,10 @@ def test_a_folder_with_something_else_is_not_replaced(format, tmp_path):
 def test_an_export_of_adapters_may_be_replaced(tmp_path):
     (tmp_path / "adapter" / "base").mkdir(parents=True)
     (tmp_path / "adapter" / "base" / "config.json").write_text("{}")
-    deploy.check_targets(tmp_path, formats=["adapter", "ragged"])
+    check_targets(tmp_path, formats=["adapter", "ragged"])
     (tmp_path / "adapter" / "base" / "config.json").rename(tmp_path / "adapter" / "base" / "thesis.tex")
     with pytest.raises(ValueError, match="base' holds something other than a model"):
-        deploy.check_targets(tmp_path, formats=["adapter"])
+        check_targets(tmp_path, formats=["adapter"])
 
 
 def test_the_tokenizer_goes_with_each_model(tmp_path):
@@ -220,8 +223,10 @@ def test_adapters_come_back_after_an_exception():
 
 def test_probes_are_the_same_each_time_and_keep_the_mode():
     model = tiny_model().train()
-    assert torch.equal(probe_logits(model), probe_logits(model))
-    assert probe_logits(model).shape == (2, 32, 128)
+    first, second = Probe.of(model), Probe.of(model)
+    assert torch.equal(first.logits_BSV, second.logits_BSV)
+    assert first.logits_BSV.shape == (2, 32, 128)
+    assert [tuple(chosen.shape) for chosen in first.chosen] == [(64, 2), (64, 2)]
     assert model.training
 
 

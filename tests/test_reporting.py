@@ -40,7 +40,16 @@ def small_summary():
             {"name": "paper_a_50", "prune_ratio": 0.5, "nll": 2.2, "bytes": 4_000_000, "stored_params": 2000},
         ],
         "control": {"nll": 1.98},
-        "exports": [{"path": "out/a", "format": "nf4", "bytes": 2_000_000, "max_logit_diff": 1.2e-6}],
+        "exports": [
+            {
+                "path": "out/a",
+                "format": "nf4",
+                "bytes": 2_000_000,
+                "max_logit_diff": 0.34,
+                "median_logit_diff": 1.2e-6,
+                "rerouted": 1 / 64,
+            }
+        ],
     }
 
 
@@ -91,9 +100,9 @@ cut_50             0.50        0.50            2.0500           +0.0500  4.00   
 paper_a_50         0.50        0.50            2.2000           +0.2000  4.00       2.00          2,000              -        -
 control            0.00        1.00            1.9800           -0.0200     -          -              -              -        -
 
-export  format    MB  x smaller  max logit diff
-------  ------  ----  ---------  --------------
-out/a   nf4     2.00       4.00         1.2e-06"""  # noqa: E501
+export  format    MB  x smaller  max logit diff   median  rerouted
+------  ------  ----  ---------  --------------  -------  --------
+out/a   nf4     2.00       4.00            0.34  1.2e-06      1.6%"""  # noqa: E501
     assert summary_table(small_summary()) == expected
 
 
@@ -216,7 +225,8 @@ def test_headlines_say_what_was_measured():
         "Recovery closed 42 % of the one-shot loss gap to the control (recovered_50_nf4).",
         "The smallest is cut_50: 4.00 MB, 2.00 times smaller than dense, and it loses 0.0500 nats per token above "
         "dense.",
-        "Loaded again, the exports' logits differ from the model in memory by at most 1.2e-06.",
+        "Loaded again, the exports' logits differ from the model in memory by at most 0.34, for the median token by "
+        "1.2e-06; up to 1.6% of tokens go to other experts, because their choice was close.",
     )
 
 

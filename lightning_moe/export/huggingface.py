@@ -110,6 +110,23 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
         """
         return self
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Runs when the devices of the modules are known.
+
+        Raises:
+            ValueError: some are the CPU or the disk and some are not. Offloaded weights are fetched when their own
+                module is called; the rows of experts are read by the module around them.
+        """
+        device_map = kwargs.get("device_map")
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, Mapping) else set()
+        if len(devices) > 1 and devices & {"cpu", "disk"}:
+            raise ValueError(
+                f"A pruned model cannot lie partly on the CPU or the disk, got devices {sorted(devices)} in "
+                "`device_map`. Put all of it on GPUs or all on the CPU (`device_map='cpu'`); if it does not fit, prune "
+                "more or store it in NF4."
+            )
+        super().validate_environment(*args, **kwargs)
+
     def update_device_map(self, device_map: Any) -> Any:
         """The user's device map, unchanged (bitsandbytes would move a 16-bit ragged model to the GPU by itself)."""
         return device_map

@@ -43,12 +43,18 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """One exported folder or file: where, in which format, how many bytes, and how far its logits are off."""
+    """One exported folder or file: where, in which format, how many bytes, and how far its logits are off.
+
+    The largest difference is often that of one token which goes to other experts: see the median and `rerouted`, the
+    share of such tokens.
+    """
 
     path: str
     format: str
     bytes: int | None
     max_logit_diff: float | None
+    median_logit_diff: float | None = None
+    rerouted: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +183,8 @@ def _export(content: object, *, index: int) -> Export:
         format=str(row.get("format", "-")),
         bytes=check_count(row, key="bytes", where=where),
         max_logit_diff=check_known(row, key="max_logit_diff", where=where),
+        median_logit_diff=check_known(row, key="median_logit_diff", where=where),
+        rerouted=check_known(row, key="rerouted", where=where),
     )
 
 

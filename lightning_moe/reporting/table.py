@@ -103,6 +103,8 @@ EXPORT_COLUMNS = (
     Column(key="bytes", header="MB", text=megabytes),
     Column(key="smaller", header="x smaller", text="{:.2f}".format),
     Column(key="max_logit_diff", header="max logit diff", text="{:.3g}".format),
+    Column(key="median_logit_diff", header="median", text="{:.3g}".format),
+    Column(key="rerouted", header="rerouted", text="{:.1%}".format),
 )
 
 

@@ -137,4 +137,11 @@ def _export_sentence(summary: Summary) -> list[str]:
     differences = [export.max_logit_diff for export in summary.exports if export.max_logit_diff is not None]
     if not differences:
         return []
-    return [f"Loaded again, the exports' logits differ from the model in memory by at most {max(differences):.3g}."]
+    said = f"Loaded again, the exports' logits differ from the model in memory by at most {max(differences):.3g}"
+    medians = [export.median_logit_diff for export in summary.exports if export.median_logit_diff is not None]
+    moved = [export.rerouted for export in summary.exports if export.rerouted]
+    if medians:
+        said += f", for the median token by {max(medians):.3g}"
+    if moved:
+        said += f"; up to {max(moved):.1%} of tokens go to other experts, because their choice was close"
+    return [f"{said}."]
