@@ -8,8 +8,8 @@ from random_experts import HIDDEN, RAGGED, UNALIGNED, gradients, naive, packed_p
 from tiny_models import FAMILY_NAMES, MODEL_NAMES, tiny_model
 from torch import Tensor
 
+from lightning_moe.models.conversion import to_channel_experts
 from lightning_moe.models.discovery import expert_matrices, moe_layers
-from lightning_moe.surgery.cut import to_channel_experts
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])

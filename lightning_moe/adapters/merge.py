@@ -1,8 +1,7 @@
 """Merge adapters into a plain model: dequantise first, then merge, so that nothing is rounded to 4 bit on the way."""
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from lightning_moe.adapters.experts import DoraExperts
 from lightning_moe.adapters.functional import adapted_weight
 from lightning_moe.adapters.router import DoraRouter
 from lightning_moe.models.channel_experts import ChannelExperts
+from lightning_moe.quantization.linears import dense_weight
 from lightning_moe.quantization.nf4 import unpack_experts
 
 
@@ -20,7 +20,8 @@ def merge_adapters(peft_model: PeftModel, *, dtype: torch.dtype) -> PreTrainedMo
     """Takes the adapters off and puts what they had learned into the weights; returns the base model, changed in place.
 
     Everything 4-bit is dequantised, so the result is a plain ragged model in `dtype` that `quantize_model` can pack
-    again. Merging is done in fp32: in float32 the outputs equal the adapted model's to rounding.
+    again (`quantize_measured` says what that adds). Merging is done in fp32: in float32 the outputs equal the adapted
+    model's to rounding.
 
     Raises:
         ValueError: `dtype` is not a floating-point type of 16 or 32 bit.
@@ -36,7 +37,7 @@ def merge_adapters(peft_model: PeftModel, *, dtype: torch.dtype) -> PreTrainedMo
     model = peft_model.unload()  # pyright: ignore[reportAssignmentType]
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
-            model.set_submodule(name, _linear(module, _dense_weight(module), dtype))
+            model.set_submodule(name, _linear(module, dense_weight(module), dtype))
         elif isinstance(module, ChannelExperts) and module.packed:
             unpack_experts(module, dtype=dtype)
     for parameter in model.parameters():
@@ -59,19 +60,12 @@ def _merge_layer(layer: LoraLayer, dtype: torch.dtype) -> None:
 
 def _merged_linear_weight(layer: LoraLayer) -> Tensor:
     """The weight of a stock PEFT Linear layer with its active adapter, in fp32."""
-    weight_oi, adapter = _dense_weight(layer.get_base_layer()), layer.active_adapters[0]
+    weight_oi, adapter = dense_weight(layer.get_base_layer()), layer.active_adapters[0]
     if adapter not in layer.lora_A:
         return weight_oi
     magnitudes = dict(layer.lora_magnitude_vector.named_parameters())
     A_ri, B_or = (parts[adapter].get_parameter("weight").float() for parts in (layer.lora_A, layer.lora_B))
     return adapted_weight(weight_oi, A_ri, B_or, magnitudes.get(f"{adapter}.weight"), layer.scaling[adapter])
-
-
-def _dense_weight(linear: nn.Module) -> Tensor:
-    weight = linear.get_parameter("weight")
-    if isinstance(weight, Params4bit):
-        return dequantize_4bit(weight.data, weight.quant_state).float()
-    return weight.float()
 
 
 def _linear(old: nn.Module, weight_oi: Tensor, dtype: torch.dtype) -> nn.Linear:

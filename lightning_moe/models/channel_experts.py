@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
-from typing import ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lightning_moe.models.grouped import (
     grouped_matmul,
     width_groups,
 )
+from lightning_moe.models.traced import new_ticket, traced_output, traces_for_inference
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -166,6 +167,12 @@ class ChannelExperts(nn.Module):
         self.novice_experts: tuple[int, ...] = ()
         self.register_parameter("novices", None)
         self._slot_of_expert: dict[torch.device, Tensor] = {}
+        self._ticket = new_ticket(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what comes out of a file, is another module: compiled graphs must not run the first one for it."""
+        super().__setstate__(state)
+        self._ticket = new_ticket(self)
 
     @property
     def num_experts(self) -> int:
@@ -224,24 +231,37 @@ class ChannelExperts(nn.Module):
         """Row of each channel when channels are counted expert by expert in the router's order: int64 `[C]`."""
         return torch.cat([torch.arange(*self.row_range(e)) for e in range(self.num_experts)])
 
-    @torch.compiler.disable(reason="the number of tokens of each expert is data: experts run outside the graph")
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden [T, H], index [T, K], weights [T, K] -> [T, H]`, in the autocast type where autocast is on.
 
-        One host sync a layer (`Routing.bounds`), none per expert. `torch.compile` breaks the graph around this call.
+        Without autograd this is one operator of a compiled graph; with autograd the graph breaks around it.
         """
         device = hidden_states.device.type
         autocast = torch.is_autocast_enabled(device)
         # Cast here, not product by product: a backward that loads weights anew runs outside autocast.
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-        routing = Routing.sort(self.slots(top_k_index), num_slots=self.num_experts)
         input_TH = hidden_states.to(dtype)
-        if device == "cpu" and not self._needs_autograd(hidden_states, top_k_weights):
-            output_TH = self._accumulated_output(input_TH, routing, top_k_weights)
+        if traces_for_inference():
+            return traced_output(input_TH, top_k_index, top_k_weights, hidden_states.dtype, self._ticket)
+        return self._untraced_output(input_TH, top_k_index, top_k_weights, hidden_states.dtype)
+
+    @torch.compiler.disable(
+        reason="the number of tokens of each expert is data: with autograd the experts run outside the graph"
+    )
+    def _untraced_output(self, input_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.routed_output(input_TH, index_TK, weights_TK, dtype)
+
+    def routed_output(self, input_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        """`forward`, computed in the type of the input, given as `dtype`.
+
+        One host sync a layer (`Routing.bounds`), none per expert.
+        """
+        routing = Routing.sort(self.slots(index_TK), num_slots=self.num_experts)
+        if input_TH.device.type == "cpu" and not self._needs_autograd(input_TH, weights_TK):
+            output_TH = self._accumulated_output(input_TH, routing, weights_TK)
         else:
-            sorted_SH = self._sorted_output(input_TH[routing.token_S], routing)
-            output_TH = routing.combine(sorted_SH, top_k_weights)
-        return self.add_novices(output_TH, top_k_index, top_k_weights).to(hidden_states.dtype)
+            output_TH = routing.combine(self._sorted_output(input_TH[routing.token_S], routing), weights_TK)
+        return self.add_novices(output_TH, index_TK, weights_TK).to(dtype)
 
     def _needs_autograd(self, *inputs: Tensor) -> bool:
         tensors = chain(inputs, self.parameters())

@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import QuantState
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,6 +60,14 @@ def pack_linear(linear: nn.Linear) -> Linear4bit:
     )
     packed.bias = linear.bias
     return packed.to(linear.weight.device).train(linear.training)
+
+
+def dense_weight(linear: nn.Module) -> torch.Tensor:
+    """The weight of a Linear layer in fp32, dequantised where it is packed."""
+    weight = linear.get_parameter("weight")
+    if isinstance(weight, Params4bit):
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    return weight.float()
 
 
 def linears_to_pack(model: PreTrainedModel) -> list[str]:

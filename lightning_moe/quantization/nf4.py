@@ -44,10 +44,10 @@ class PackedRows(RowStorage):
 
     @classmethod
     def pack(cls, weight_CH: Tensor) -> "PackedRows":
-        """Quantises rows `[C, H]`; each row depends on itself alone."""
+        """Quantises rows `[C, H]`; each row depends on itself alone. Rows on the meta device give empty ones there."""
         num_rows, hidden_size = weight_CH.shape
         packed = cls(num_rows, hidden_size).to(weight_CH.device)
-        if num_rows == 0:
+        if num_rows == 0 or weight_CH.is_meta:
             return packed
         codes, absmax_CB = quantize_rows(weight_CH.detach())
         scale_C = absmax_CB.amax(1)

@@ -97,7 +97,8 @@ class PrunePlan:
         lines = [
             f"{self.method}: prune_ratio {self.prune_ratio:.4g} asked, {self.achieved_prune_ratio:.4g} achieved "
             f"(keep_ratio {1 - self.achieved_prune_ratio:.4g}), align {self.align}",
-            f"{self.num_kept:,} of {self.shape.num_channels:,} channels stay",
+            f"{self.num_kept:,} of {self.shape.num_channels:,} channels stay"
+            + ("; the model was cut before, and ratios count from what was left" if self.shape.is_uneven else ""),
             f"{'layer':<44} {'experts':>9} {'channels':>17} {'kept':>7} {'widths (min/median/max)':>25}",
         ]
         for index, layer in enumerate(self.shape.layers):
@@ -130,8 +131,8 @@ class PrunePlan:
         if differences:
             what, planned, came = differences[0]
             raise ValueError(
-                f"The plan was made for another model: {what} is {came} here and {planned} in the plan. "
-                "Calibrate and plan this model, or load the one the plan was made for."
+                f"The plan was made for another model: {what} is {_shortened(came)} here and {_shortened(planned)} in "
+                f"the plan. {self._advice(shape)}"
             )
         if self.shape.router_digest != shape.router_digest:
             raise ValueError(
@@ -140,6 +141,15 @@ class PrunePlan:
                 "shape, or the same one loaded in another type than for calibration. Load the checkpoint that was "
                 "calibrated, with the same `dtype`, or calibrate and plan this one."
             )
+
+    def _advice(self, shape: ModelShape) -> str:
+        """What to do about a model of another shape."""
+        if shape.num_channels < self.shape.num_channels and shape.model_type == self.shape.model_type:
+            return (
+                f"This model seems to be cut already: it has {shape.num_channels:,} channels and the plan is for "
+                f"{self.shape.num_channels:,}. To cut it further, calibrate and plan it as it is now."
+            )
+        return "Calibrate and plan this model, or load the one the plan was made for."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types; one hexadecimal mask per expert, first channel in the highest bit."""
@@ -188,6 +198,13 @@ class PrunePlan:
             raise ValueError(f"'{source}' is not a valid {_KIND}: {error} is missing. Plan again.") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"'{source}' is not a valid {_KIND}: {error} Plan again.") from error
+
+
+def _shortened(value: object) -> str:
+    """A long list by its beginning and its length."""
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{', '.join(map(str, value[:8]))}, ...] ({len(value)} numbers)"
+    return str(value)
 
 
 def _to_hex(keep_C: Tensor, *, widths: tuple[int, ...]) -> list[str]:

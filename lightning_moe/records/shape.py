@@ -166,6 +166,11 @@ class ModelShape:
         """Channels of all experts of all layers."""
         return sum(layer.num_channels for layer in self.layers)
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether some layer has experts of different widths: no model is published so, it was cut."""
+        return any(len(set(layer.widths)) > 1 for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
