@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lightning_moe.calibration.processes import Processes
 from lightning_moe.training.checkpoint import restore_structure
 from lightning_moe.training.module import LanguageModelModule
+from lightning_moe.training.node_loading import leave_frozen_alone
 from lightning_moe.training.sharding import is_sharded, whole_state
 
 _SUPPORTED = (
@@ -145,6 +146,7 @@ def wrap_again(trainer: Trainer) -> None:
         return
     assert strategy.lightning_module is not None
     strategy.model = strategy.lightning_module
+    leave_frozen_alone(strategy.model, loaded=set())  # a cut makes tensors anew: all are sent
     gc.collect()
     strategy._pl_static_graph_delay_done = False
     strategy.configure_ddp()

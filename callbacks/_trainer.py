@@ -20,14 +20,18 @@ from lightning_moe.training.module import LanguageModelModule
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
-def language_model(pl_module: LightningModule) -> PreTrainedModel:
+def language_model(pl_module: LightningModule, *, in_shares: bool = False) -> PreTrainedModel:
     """The transformers model inside any LightningModule; built by the module if it is not there yet.
+
+    Args:
+        pl_module: the module.
+        in_shares: expert rows may be on the meta device until the model is sharded (`load_language_model` of ours).
 
     Raises:
         ValueError: there is none, or more than one.
     """
     if isinstance(pl_module, LanguageModelModule):
-        pl_module.load_language_model()  # whole: `configure_model` may shard it
+        pl_module.load_language_model(in_shares=in_shares)  # not sharded, which `configure_model` may do
     elif not any(isinstance(module, PreTrainedModel) for module in pl_module.modules()):
         pl_module.configure_model()
     return find_language_model(pl_module)

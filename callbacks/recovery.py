@@ -23,6 +23,7 @@ from lightning_moe.adapters.storage import adapter_settings
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.surgery.cut import convert_experts
 from lightning_moe.training.checkpoint import restore_structure, write_structure
+from lightning_moe.training.rank_loading import drawn_later
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Recovery(Callback):
         """Pack, inject, report; once. On resume what the checkpoint has: cuts of a schedule may have lowered limits."""
         self._check(trainer)
         resume_exactly(trainer)
-        model = language_model(pl_module)
+        model = language_model(pl_module, in_shares=True)  # nothing after this needs the rows before they are sharded
         if not is_first_setup(self, model=model, done=self._model) or waits_for_fit(trainer):
             return
         check_whole(model)
@@ -61,7 +62,8 @@ class Recovery(Callback):
                 "give a module that was just made, with the checkpoint as `ckpt_path`."
             )
         checkpoint = resumed_checkpoint(trainer)
-        self.peft_model = self._begin(model) if checkpoint is None else self._resume(model, checkpoint)
+        with drawn_later(model):
+            self.peft_model = self._begin(model) if checkpoint is None else self._resume(model, checkpoint)
         self._model = model
         log.info("Trainable parameters:\n%s", describe_trainable(trainable_groups(model)))
 

@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.models.loading import DtypeName, can_stream, load_model
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.surgery.cut import convert_experts
 from lightning_moe.surgery.streaming import quantize_folder
 from lightning_moe.training.batches import TEACHER_IDS, TEACHER_LOGPROBS, model_inputs
 from lightning_moe.training.losses import distillation_loss, top_k_distillation_loss
+from lightning_moe.training.node_loading import load_shared
 from lightning_moe.training.teacher_logits import TeacherLogits
 
 TeacherQuantize = Literal["nf4", "none"]
@@ -87,9 +90,22 @@ class TeacherSettings:
         return None if self.logits is None else TeacherLogits(self.logits)
 
     def teacher_for(
-        self, student: PreTrainedModel, *, dtype: DtypeName, device: torch.device, logits: TeacherLogits | None
+        self,
+        student: PreTrainedModel,
+        *,
+        dtype: DtypeName,
+        device: torch.device,
+        logits: TeacherLogits | None,
+        processes: Processes = ALONE,
     ) -> Teacher | None:
         """The teacher, loaded and checked against the student; None where there is none.
+
+        Args:
+            student: the model that learns.
+            dtype: type of the teacher's weights that are not packed.
+            device: where it runs.
+            logits: its logits on disk, if those teach.
+            processes: each of them gets the teacher.
 
         Raises:
             ValueError: it is another model, or it cannot be loaded.
@@ -99,26 +115,33 @@ class TeacherSettings:
             return StoredTeacher()
         if self.source is None:
             return None
-        model = load_teacher(self.source, quantize=self.quantize, dtype=dtype)
+        model = load_teacher(self.source, quantize=self.quantize, dtype=dtype, processes=processes)
         _check_same_model(model, student=student, source=self.source)
         return ModelTeacher(model=model.to(device))  # pyright: ignore[reportArgumentType]: transformers wraps `to`
 
 
-def load_teacher(source: str, *, quantize: TeacherQuantize, dtype: DtypeName = "auto") -> PreTrainedModel:
-    """The unpruned model, frozen, in eval mode, on the CPU.
+def load_teacher(
+    source: str, *, quantize: TeacherQuantize, dtype: DtypeName = "auto", processes: Processes = ALONE
+) -> PreTrainedModel:
+    """The unpruned model, frozen, in eval mode, on the CPU; the processes of a node share one copy.
 
     With `nf4` a stock folder is packed layer by layer: memory for the packed model and an eighth of a layer is enough.
 
     Raises:
-        ValueError: see `load_model` and `quantize_folder`.
+        ValueError: see `load_shared` and `quantize_folder`.
     """
-    if quantize == "nf4" and can_stream(source):
+    pack = partial(_packed, source, dtype=dtype) if quantize == "nf4" else None
+    model = load_shared(source, dtype=dtype, processes=processes, pack=pack)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _packed(source: str, *, dtype: DtypeName) -> PreTrainedModel:
+    if can_stream(source):
         return quantize_folder(source, dtype=dtype)
     model = load_model(source, dtype=dtype)
-    if quantize == "nf4":
-        convert_experts(model)
-        quantize_model(model)
-    return model.eval().requires_grad_(requires_grad=False)
+    convert_experts(model)
+    quantize_model(model)
+    return model
 
 
 def _check_same_model(teacher: PreTrainedModel, *, student: PreTrainedModel, source: str) -> None:

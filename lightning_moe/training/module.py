@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_moe.adapters.groups import trainable_groups
-from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.models.loading import DtypeName
 from lightning_moe.training.batches import model_inputs
 from lightning_moe.training.best_checkpoint import check_best, restore_best
 from lightning_moe.training.checkpoint import complete_state, keep_learned, restore_structure, write_structure
@@ -19,6 +19,7 @@ from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.distillation import Teacher, TeacherQuantize, TeacherSettings
 from lightning_moe.training.hyperparameters import check_folder, name_folders
 from lightning_moe.training.losses import next_token_loss, weight_among_processes
+from lightning_moe.training.model_source import ModelSource, processes_of
 from lightning_moe.training.optim import (
     OptimizerName,
     ScheduleName,
@@ -29,7 +30,6 @@ from lightning_moe.training.optim import (
 )
 from lightning_moe.training.optimizer_names import name_optimizer_states
 from lightning_moe.training.router_loss import RouterLogits, load_balancing_loss
-from lightning_moe.training.sharding import shard_model
 from lightning_moe.training.teacher_logits import TeacherLogits
 from lightning_moe.training.validation import ValidatedModule
 
@@ -38,8 +38,6 @@ from lightning_moe.training.validation import ValidatedModule
 class _Settings:
     """Constructor arguments that both modules share."""
 
-    source: str
-    from_scratch: bool
     dtype: DtypeName
     optimizer: OptimizerName
     weight_decay: float
@@ -87,8 +85,6 @@ class LanguageModelModule(ValidatedModule):
         self.save_hyperparameters()
         name_folders(self, "source")
         self.settings = _Settings(
-            source=source,
-            from_scratch=from_scratch,
             dtype=dtype,
             optimizer=optimizer,
             weight_decay=weight_decay,
@@ -104,6 +100,7 @@ class LanguageModelModule(ValidatedModule):
             raise ValueError(f"`router_loss` is the coefficient of a loss, 0 or more, got {router_loss}.")
         self.learning_rate = learning_rate
         self.model: PreTrainedModel | None = None
+        self._source = ModelSource(source, dtype=dtype, from_scratch=from_scratch)
 
     @property
     @override
@@ -116,17 +113,21 @@ class LanguageModelModule(ValidatedModule):
     @override
     def configure_model(self) -> None:
         """Loads the model, once, and shards it where the strategy has a device mesh (FSDP2)."""
-        self.load_language_model()
-        if self.device_mesh is not None:
-            shard_model(self.language_model, mesh=self.device_mesh)
+        self.load_language_model(in_shares=True)
+        self._source.distribute(self.language_model, module=self, mesh=self.device_mesh)
 
-    def load_language_model(self) -> None:
-        """Loads the model, whole, into this process; later calls change nothing."""
+    def load_language_model(self, *, in_shares: bool = False) -> None:
+        """Loads the model into this process; later calls change nothing.
+
+        Args:
+            in_shares: under FSDP2, expert rows of a pruned folder wait for `configure_model`, where each process reads
+                its share of them.
+        """
         if self.model is not None:
             return
-        settings = self.settings
-        self.model = load_model(settings.source, dtype=settings.dtype, from_scratch=settings.from_scratch)
-        if settings.gradient_checkpointing:
+        sharded = in_shares and self.device_mesh is not None
+        self.model = self._source.load(processes=processes_of(self), in_shares=sharded)
+        if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @override
@@ -209,7 +210,7 @@ class RecoveryModule(LanguageModelModule):
         warmup_ratio: Share of the optimizer steps spent warming up.
         router_loss: Coefficient of the load-balancing loss, layer by layer; 0 leaves it out.
         gradient_checkpointing: Recompute each decoder layer in backward; on at real sizes.
-        teacher: Folder, asset or hub name of the unpruned model to distil from, whole in every process; null: none.
+        teacher: Folder, asset or hub name of the unpruned model to distil from, whole on every device; null: none.
         teacher_quantize: `nf4` packs the teacher as it is loaded; `none` takes it as it is stored.
         teacher_logits: Folder that `teach` wrote for these training corpora: distil from disk, in place of `teacher`.
         distillation: Weight of the distillation loss, where there is a teacher; the next-token loss has the rest.
@@ -304,7 +305,11 @@ class RecoveryModule(LanguageModelModule):
         """Loads the teacher, if there is one, beside the student."""
         super().on_fit_start()
         self._teacher = self.teaching.teacher_for(
-            self.language_model, dtype=self.settings.dtype, device=self.device, logits=self._logits
+            self.language_model,
+            dtype=self.settings.dtype,
+            device=self.device,
+            logits=self._logits,
+            processes=processes_of(self),
         )
 
     @override

@@ -1,6 +1,7 @@
 """FSDP2: shard a model over the processes of a device mesh, and put it together again."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from bitsandbytes.nn.modules import Linear4bit
@@ -9,14 +10,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lightning_moe.models.discovery import moe_layers
+from lightning_moe.progress import hidden
 
 log = logging.getLogger(__name__)
 
 
-def shard_model(model: PreTrainedModel, *, mesh: DeviceMesh) -> None:
+def shard_model(model: PreTrainedModel, *, mesh: DeviceMesh, fill: Callable[[nn.Module], None] | None = None) -> None:
     """Shards every decoder layer, and what is around them, over the data-parallel dimension, in place; once.
 
     Packed expert rows stay 4-bit codes: a process holds its part of a layer's codes and, while the layer runs, all of
@@ -27,6 +30,7 @@ def shard_model(model: PreTrainedModel, *, mesh: DeviceMesh) -> None:
     Args:
         model: cut, packed and adapted already: FSDP2 does not follow a later change.
         mesh: dimensions `data_parallel` and `tensor_parallel`, the second of size 1, as `ModelParallelStrategy` makes.
+        fill: puts what is on the meta device of a decoder layer in place, right before the layer is sharded.
 
     Raises:
         ValueError: tensor parallelism is asked for, or trained parameters are of several types.
@@ -37,7 +41,10 @@ def shard_model(model: PreTrainedModel, *, mesh: DeviceMesh) -> None:
     _check_types(model)
     whole = {module.weight for module in model.modules() if isinstance(module, Linear4bit)}
     settings: dict[str, Any] = {"mesh": mesh["data_parallel"], "ignored_params": whole}
-    for layer in decoder_layers(model):
+    unseen = fill is None or hidden(progress=mesh.get_rank() == 0)
+    for layer in tqdm(decoder_layers(model), desc="Reading shares of layers", disable=unseen):
+        if fill is not None:
+            fill(layer)
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
     num_bytes = sum(weight.nbytes for weight in whole)
