@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]: its stub lacks the name
 from typing_extensions import override
 
 import callbacks
@@ -30,6 +31,7 @@ _PARSER_CHATTER = (
     "Given value type:",
     "Given value: Namespace(",
 )
+_RESUMED = ("calibrate", "prune", "teach")
 _GIVEN_FLAG = re.compile(r"Given value: NestedArg\(key='.*', val=(.*)\)")
 _TRAINING = {
     "fit": "Train: calibrate, prune, pack, recover, report and export, as the callbacks say.",
@@ -95,7 +97,12 @@ def main(arguments: list[str] | None = None) -> None:
             run_command(name, arguments[1:])
         else:
             train(arguments)
-    except (ArgumentError, ValueError, OSError, MisconfigurationException) as error:
+    except KeyboardInterrupt:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        goes_on = "; the same command goes on where it stopped" if name in _RESUMED else ""
+        _stop(f"{name}: interrupted{goes_on}.", code=130)
+    except (ArgumentError, ValueError, OSError, MisconfigurationException, LinAlgError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         if isinstance(error, ArgumentError):

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.calibration.gradients import collect_gradients
-from lightning_moe.calibration.gram import LayerGram, iterate_grams
+from lightning_moe.calibration.gram import iterate_grams
+from lightning_moe.calibration.gram_sums import LayerGram
 from lightning_moe.calibration.routed import sum_dtype
 from lightning_moe.evaluation.compare.digests import Loaders, settings_digest, text_digest
 from lightning_moe.files import read_json, write_json

@@ -25,12 +25,9 @@ def model_digest(source: str) -> str:
     """
     config = {key: value for key, value in read_config(source).to_dict().items() if key not in _UNIMPORTANT}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    files = weight_files(source) or sorted(Path(source).glob("*.bin"))
+    files = weight_files(source)
     if not files:
-        raise ValueError(
-            f"'{source}' has no weights in files that tell it from other models: they must be *.safetensors, or *.bin "
-            "in a local folder. Save the model again."
-        )
+        raise ValueError(f"'{source}' has no weights in safetensors files. Save the model again.")
     for file in files:
         _add_file(digest, file)
     return digest.hexdigest()[:_LENGTH]
