@@ -16,18 +16,16 @@ once.
 
 import gc
 import json
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from benchmarking import Settings, interleaved_seconds, parse_settings, report
+from benchmarking import Settings, in_child, interleaved_seconds, parse_settings, peak_rss, report
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
@@ -175,22 +173,6 @@ def measure_depth(*, repeats: int) -> list[dict[str, object]]:
         save_packed_folder(folder, config_30b(num_layers=48, hidden_size=64))
         ways = {way: run for way, run in ways_to_load(folder).items() if way in _COLD}
         return _rows("48 layers, hidden 64", interleaved_seconds(ways, repeats=repeats))
-
-
-def in_child(function: Callable[..., Any], **arguments: Any) -> Any:
-    """The result of a function of these scripts in a fresh process with as many threads as this one."""
-    spawn, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=threads) as pool:
-        return pool.submit(function, **arguments).result()
-
-
-def peak_rss() -> int:
-    """Most bytes that this process had in memory so far, interpreter, libraries and mapped files included.
-
-    Not `getrusage`: that one also counts what the parent held when it started this process.
-    """
-    status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def save_stock_folder(folder: Path, config: Qwen3MoeConfig) -> int:

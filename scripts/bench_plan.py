@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_load import in_child, measure_reload, peak_rss
-from benchmarking import Settings, parse_settings, peak_bytes, report
+from bench_load import measure_reload
+from benchmarking import Settings, in_child, parse_settings, peak_bytes, peak_rss, report
 from torch import Tensor
 
 from lightning_moe.allocation import ExpertMethod, build_method

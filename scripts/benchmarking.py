@@ -2,11 +2,13 @@
 
 import argparse
 import importlib.metadata
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,36 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
+def in_child(function: Callable[..., Any], **arguments: Any) -> Any:
+    """The result of a function of these scripts in a fresh process with as many threads as this one."""
+    spawn, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=threads) as pool:
+        return pool.submit(function, **arguments).result()
+
+
+def peak_rss() -> int:
+    """Most bytes that this process had in memory so far, interpreter, libraries and mapped files included.
+
+    Not `getrusage`: that one also counts what the parent held when it started this process.
+    """
+    return _status_bytes("VmHWM")
+
+
+def current_rss() -> int:
+    """Bytes that this process has in memory now."""
+    return _status_bytes("VmRSS")
+
+
+def forget_peak() -> None:
+    """From now on `peak_rss` counts anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status_bytes(key: str) -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(key))
+
+
 def report(
     *,
     settings: Settings,
@@ -83,7 +115,7 @@ def report(
     ratios: Mapping[str, float],
     notes: Sequence[str] = (),
 ) -> None:
-    """Prints the table (its columns are the keys of a row), ratios and environment; writes the JSON where asked."""
+    """Prints the table (its columns are the keys of a row), ratios and environment; writes all as JSON where asked."""
     environment = environment_of(settings)
     columns = [Column(key=key, header=key, left=index == 0) for index, key in enumerate(rows[0])]
     lines = [f"## {title}", "", format_markdown(rows, columns=columns), ""]
@@ -91,7 +123,7 @@ def report(
     lines += ["", *notes, ", ".join(f"{name} {value}" for name, value in environment.items())]
     sys.stdout.write("\n".join(lines) + "\n")
     if settings.json is not None:
-        write_json(settings.json, {"ratios": dict(ratios), "environment": environment})
+        write_json(settings.json, {"rows": list(rows), "ratios": dict(ratios), "environment": environment})
 
 
 def environment_of(settings: Settings) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show, at most 10 minutes on one: the tests marked `gpu`, then the quickstart on the GPU.
+# What only a GPU can show, at most 10 minutes on one: the tests marked `gpu`, the quickstart on the GPU, serving speed,
+# and a calibration and cut that move one layer at a time to the GPU, killed and resumed.
 # Install the CUDA build of torch 2.13.0 that your driver supports into .venv first.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh" test
@@ -11,3 +12,7 @@ print(f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).tot
 PYTHON
 .venv/bin/python -m pytest -m gpu -rs --log-cli-level=WARNING tests/test_gpu.py "$@"
 bash scripts/quickstart.sh --trainer.accelerator gpu
+.venv/bin/python scripts/bench_serve.py --quick
+proof=$(mktemp -d)
+trap 'rm -rf "$proof"' EXIT
+.venv/bin/python scripts/prove_streaming.py --quick --work "$proof" --limit 16GB
