@@ -182,9 +182,10 @@ def test_costs_are_said_before_it_starts(source, tmp_path, caplog) -> None:
     assert "tokens: a 68, b 32; hidden states of 5.32e-05 GB in '" in line
     assert "; expected peak memory " in line
     folder = StockFolder(source)
-    assert walk(source, tmp_path / "other").peak_bytes(extra_bytes=10**9) == LIBRARY_BYTES + KERNEL_BYTES + 10**9 + max(
-        map(folder.decoder_bytes, folder.decoder_names)
-    )
+    sizes = [folder.decoder_bytes(name) for name in folder.decoder_names]
+    always = LIBRARY_BYTES + KERNEL_BYTES + 10**9
+    peak = walk(source, tmp_path / "other").peak_bytes(extra_bytes=10**9)
+    assert peak == always + max(sizes) + sum(sizes) // 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

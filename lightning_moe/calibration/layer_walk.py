@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lightning_moe.calibration.decoder_layer import DecoderLayers
 from lightning_moe.calibration.hidden_states import read_hidden_states, writing_hidden_states
-from lightning_moe.calibration.memory import KERNEL_BYTES, LIBRARY_BYTES, give_back_freed, keep_few_kernels
+from lightning_moe.calibration.memory import HEAP_SHARE, KERNEL_BYTES, LIBRARY_BYTES, give_back_freed, keep_few_kernels
 from lightning_moe.calibration.observer import evaluating
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.calibration.text import Batch, CalibrationText
@@ -106,10 +106,11 @@ class LayerWalk:
         Args:
             extra_bytes: what the caller holds while a layer runs, activations included.
         """
-        layer = max(map(self.folder.decoder_bytes, self.names))
+        sizes = [self.folder.decoder_bytes(name) for name in self.names]
+        layer, kept = max(sizes), int(HEAP_SHARE * sum(sizes))
         embeddings = sum(value.nbytes for value in self.folder.model.get_input_embeddings().parameters())
         running = layer + KERNEL_BYTES + max(layer // _PARTS, extra_bytes)
-        return LIBRARY_BYTES + max(embeddings, running)
+        return LIBRARY_BYTES + kept + max(embeddings, running)
 
     def describe(self, *, extra_bytes: int = 0) -> str:
         """What the walk will cost, in a line."""
