@@ -83,7 +83,15 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
 
 def move_into_place(new: Path, path: Path) -> None:
-    """Renames a file or folder to `path`, on the same disk; a folder that is there is replaced as a whole."""
+    """Renames a file or folder to `path`, on the same disk; a folder that is there is replaced as a whole.
+
+    Files get the permissions of any new file: safetensors makes its own readable by their owner alone.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in new.rglob("*") if new.is_dir() else [new]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
     if new.is_dir() and path.is_dir():
         _swap_folders(new, path)
     else:

@@ -233,7 +233,7 @@ def write_data_config(path: Path, *, folder: Path, tokens: int) -> None:
 def row_of(result: Mapping[str, Any], *, libraries: int, layer_bytes: int) -> dict[str, object]:
     """The table's row."""
     beyond = result["peak"] - libraries
-    again = result.get("seconds_with_kills", [])
+    again = result.get("seconds_with_kills", []) if result.get("killed_at") else []
     same = result.get("digest_with_kills") == result["digest"] if again else None
     return {
         "command": result["command"],

@@ -173,3 +173,17 @@ def test_an_open_file_is_read_later_even_when_its_name_is_gone(tmp_path) -> None
     path.unlink()
     assert metadata == {"record": 1}
     assert torch.equal(tensors["x"], torch.arange(3.0))
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    """safetensors writes files that only their owner can read."""
+    mask = os.umask(0o022)
+    try:
+        write_tensors(tmp_path / "one.safetensors", {"a": torch.ones(2)}, metadata={})
+        with write_atomically(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            save_file({"a": torch.ones(2)}, temporary / "model.safetensors")
+    finally:
+        os.umask(mask)
+    for file in (tmp_path / "one.safetensors", tmp_path / "folder" / "model.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o644

@@ -180,6 +180,6 @@ def test_the_command_says_what_it_will_take_and_what_it_wrote(stock, plan, tmp_p
     before = next(line for line in caplog.messages if "expected peak memory" in line)
     assert f"'{tmp_path}/out' (0 are there)" in before
     size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert caplog.messages[-1].startswith(f"Pruned model written to '{tmp_path}/out': {size:,} bytes, ")
+    assert caplog.messages[-1].startswith(f"Model written to '{tmp_path}/out': {size:,} bytes, ")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert any(line.startswith("Repair of W_down") and len(line.splitlines()) == 4 for line in caplog.messages)

@@ -112,7 +112,7 @@ class PartialFolder:
         missing = max(0, total - sum(done))
         free = check_room(out=self.out, num_bytes=missing, workspace=workspace, buffer_bytes=buffer_bytes)
         log.info(
-            "Pruning '%s' layer by layer: expected peak memory %.3g GB beside interpreter and libraries; %.3g GB in "
+            "Writing '%s' layer by layer: expected peak memory %.3g GB beside interpreter and libraries; %.3g GB in "
             "%d shards to '%s' (%d are there), hidden states of %.3g GB in '%s'; %.3g GB free.",
             self.cut.folder.source,
             peak_bytes / _GB,
@@ -161,7 +161,7 @@ class PartialFolder:
         move_into_place(folder, self.out)
         Workspace(path=self.path).remove()
         log.info(
-            "Pruned model written to '%s': %s bytes, %s parameters.",
+            "Model written to '%s': %s bytes, tokenizer, manifest and card included; %s parameters.",
             self.out,
             f"{folder_bytes(self.out):,}",
             f"{measure_footprint(self.outline).stored_params:,}",

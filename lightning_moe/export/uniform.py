@@ -69,8 +69,8 @@ def _check_counts(widths: list[list[int]], *, format: SmallerFormat, dense: int)
     if len(set(counts)) > 1 or any(0 in own for own in widths):
         raise ValueError(
             f"Export format '{format}' needs one number of experts in every layer (and in every group of a grouped "
-            f"router), and the layers keep {min(counts)} to {max(counts)} of {dense}: {_spread(counts)}. Drop equally "
-            "many in each layer, or export `ragged`."
+            f"router), and the layers keep {min(counts)} to {max(counts)} of {dense}: {_spread(counts)}. Plan one "
+            "width (`plan --method uniform`), drop equally many in each layer, or export `ragged`."
         )
 
 
