@@ -118,7 +118,8 @@ def test_a_collector_of_some_layers_takes_what_one_of_all_takes() -> None:
         model.get_decoder()(input_ids=ids, use_cache=False)
     ((sums,),) = collector.sums().values()
     assert sums.keys() == whole.corpora["a"][1].keys()
-    assert all(torch.equal(sums[name], value) for name, value in whole.corpora["a"][1].items())
+    for name, value in whole.corpora["a"][1].items():  # the layer before is computed by the model itself here
+        torch.testing.assert_close(sums[name], value, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_the_layout_of_the_folder(tmp_path) -> None:
     tiny_model("deepseek_v3").save_pretrained(tmp_path / "stock")
     prune_streamed(str(tmp_path / "stock"), tmp_path / "out", plan=None, quantize=True)
     names = [f"model-0000{index}-of-00004.safetensors" for index in (1, 2, 3, 4)]
-    rest = ["config.json", "generation_config.json", "manifest.json", "model.safetensors.index.json"]
+    rest = ["README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors.index.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(rest + names)
     text = (tmp_path / "out" / "model.safetensors.index.json").read_text()
     index, keys, total = json.loads(text), {}, 0
