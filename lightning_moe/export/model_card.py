@@ -2,8 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +38,24 @@ _WHAT = {
 }
 
 
-@contextmanager
-def keep_card(folder: str | Path) -> Iterator[list[str]]:
-    """Carries a card that a person wrote or edited over the block, in which the folder is replaced as a whole.
-
-    Gives a list that holds one sentence about it after the block, if there was such a card.
-    """
-    path, said = Path(folder) / CARD_NAME, []
-    text = path.read_text(encoding="utf-8") if path.is_file() else None
-    if text is None or _is_sealed(text):
-        yield said
-        return
-    try:
-        yield said
-    finally:
-        if path.parent.is_dir():
-            with write_atomically(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-    said.append(f"{path} was written or edited by a person and stays as it was")
-
-
 def carry_card(old: Path, new: Path) -> list[str]:
     """Copies a card that a person wrote or edited to the folder that will be renamed to `old`.
 
     Returns:
         One sentence about it, if there was such a card.
     """
-    path = old / CARD_NAME
-    text = path.read_text(encoding="utf-8") if path.is_file() else None
-    if text is None or _is_sealed(text):
+    kept = told_of_card(old)
+    if kept:
+        with write_atomically(new / CARD_NAME) as temporary:
+            temporary.write_bytes((old / CARD_NAME).read_bytes())
+    return kept
+
+
+def told_of_card(folder: Path) -> list[str]:
+    """One sentence about the card in a folder, if a person wrote or edited it."""
+    path = folder / CARD_NAME
+    if not path.is_file() or _is_sealed(path.read_text(encoding="utf-8")):
         return []
-    with write_atomically(new / CARD_NAME) as temporary:
-        temporary.write_text(text, encoding="utf-8")
     return [f"{path} was written or edited by a person and stays as it was"]
 
 
@@ -91,8 +76,7 @@ def write_card(
         notes: What else there is to know, in words.
         cut: Whether channels or experts are gone, also where no plan says which.
     """
-    path = Path(folder) / CARD_NAME
-    if path.is_file() and not _is_sealed(path.read_text(encoding="utf-8")):
+    if told_of_card(Path(folder)):
         return
     family = _model_type(Path(folder))
     sections = [
@@ -106,7 +90,7 @@ def write_card(
         _origin(manifest),
     ]
     text = "\n\n".join(section for section in sections if section) + "\n"
-    with write_atomically(path) as temporary:
+    with write_atomically(Path(folder) / CARD_NAME) as temporary:
         temporary.write_text(text + _SEAL.format(digest=_digest(text)), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_moe.export.comparing import Comparison, Probe
 from lightning_moe.export.folders import open_folder
 from lightning_moe.export.manifest import write_manifest
-from lightning_moe.export.model_card import Rows, keep_card, write_card
+from lightning_moe.export.model_card import Rows, told_of_card, write_card
 from lightning_moe.export.result import ExportResult
 from lightning_moe.export.streaming import prune_folder
 from lightning_moe.files import folder_bytes
@@ -59,20 +59,19 @@ def export_streamed(
     """
     target, opened = Path(folder) / "nf4", open_folder(source, dtype=dtype)
     beside = None if tokenizer is None else tokenizer.save_pretrained
-    with keep_card(target) as kept:
-        prune_folder(opened, plan=None, out=target, quantize=True, progress=progress, beside=beside)
-        check_packed(FolderCut(folder=opened, plan=None, quantize=True, novices=None, device="cpu"), folder=target)
-        comparison = _compare_logits(source, dtype=dtype, folder=target)
-        notes = (_told(comparison, part_bytes=_largest_part(opened), packed_bytes=folder_bytes(target)),)
-        manifest = write_manifest(
-            target,
-            format="nf4",
-            source=source,
-            model=open_folder(str(target)).model,
-            dropped=opened.dropped,
-            max_logit_diff=None if comparison is None else comparison.max_logit_diff,
-        )
-        write_card(target, manifest=manifest, results=results, notes=notes)
+    prune_folder(opened, plan=None, out=target, quantize=True, progress=progress, beside=beside)
+    check_packed(FolderCut(folder=opened, plan=None, quantize=True, novices=None, device="cpu"), folder=target)
+    comparison = _compare_logits(source, dtype=dtype, folder=target)
+    notes = (_told(comparison, part_bytes=_largest_part(opened), packed_bytes=folder_bytes(target)),)
+    manifest = write_manifest(
+        target,
+        format="nf4",
+        source=source,
+        model=open_folder(str(target)).model,
+        dropped=opened.dropped,
+        max_logit_diff=None if comparison is None else comparison.max_logit_diff,
+    )
+    write_card(target, manifest=manifest, results=results, notes=notes)
     return ExportResult(
         format="nf4",
         base=str(target),
@@ -81,7 +80,7 @@ def export_streamed(
         max_logit_diff=None if comparison is None else comparison.max_logit_diff,
         median_logit_diff=None if comparison is None else comparison.median_logit_diff,
         rerouted=None if comparison is None else comparison.rerouted,
-        notes=(*notes, *kept),
+        notes=(*notes, *told_of_card(target)),
     )
 
 
