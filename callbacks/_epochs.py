@@ -120,6 +120,17 @@ def plain_loaders(trainer: Trainer) -> PlainLoaders | None:
     return None
 
 
+def training_source(trainer: Trainer) -> _DataLoaderSource:
+    """Where the training loaders come from: a module, a data module, or what `fit` was given."""
+    return trainer.fit_loop._data_source
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of validation inside a fit, where they are set up."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    return [] if combined is None else combined.flattened
+
+
 def fetcher_of(trainer: Trainer) -> Any:
     """What reads the training loaders."""
     return trainer.fit_loop._data_fetcher

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from callbacks._epochs import training_source
 from lightning_moe.calibration.processes import OwnShare, is_own_share
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.random_state import own_generators
@@ -48,7 +49,7 @@ def calibration_loaders(trainer: Trainer, *, num_batches: int | None) -> Loaders
 
 def _first_batches(trainer: Trainer, *, num_batches: int) -> list[Batch]:
     """Reads the training loader of `fit`, wherever it comes from."""
-    source = trainer.fit_loop._data_source
+    source = training_source(trainer)
     if source.instance is None or not source.is_defined():
         raise ValueError(
             "There are no training batches to calibrate on. Give `data.calibration` corpora, or load statistics from a "

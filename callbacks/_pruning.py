@@ -21,6 +21,7 @@ from callbacks._trainer import (
     is_first_setup,
     language_model,
     resumed_checkpoint,
+    state_key_of,
 )
 from callbacks.calibration import ExpertCalibration
 from callbacks.exact_resume import resume_exactly
@@ -81,7 +82,7 @@ class Pruning(StatisticsUser):
     @property
     def state_key(self) -> str:
         """Two of a kind in one trainer keep their states apart."""
-        return self._generate_state_key(**self._told_apart_by())
+        return state_key_of(self, **self._told_apart_by())
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,9 +90,8 @@ class Pruning(StatisticsUser):
         check_strategy(trainer, scheduled=self.in_training)
         check_averaging(trainer, self, scheduled=self.in_training)
         resume_exactly(trainer)
-        model = language_model(pl_module)
-        first, checkpoint = is_first_setup(self, model=model, done=self._model), resumed_checkpoint(trainer)
-        if first:
+        model, checkpoint = language_model(pl_module), resumed_checkpoint(trainer)
+        if first := is_first_setup(self, model=model, done=self._model):
             check_whole(model)
         if checkpoint is not None and not is_sharded(model):
             check_resumed(self, checkpoint, required=True)

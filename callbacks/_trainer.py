@@ -3,10 +3,8 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
-import torch
 from fsspec.core import url_to_fs
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import _load as pl_load
@@ -15,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from lightning_moe.models.discovery import find_language_model
+from lightning_moe.training.checkpoint_files import check_content, checkpoint_errors, read_checkpoint
 from lightning_moe.training.module import LanguageModelModule
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
@@ -87,6 +86,11 @@ def find_optional(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
+def state_key_of(callback: Callback, **settings: Any) -> str:
+    """The key of a callback's state in a checkpoint; `settings` tell it apart from others of its class."""
+    return callback._generate_state_key(**settings)
+
+
 def resumed_checkpoint(trainer: Trainer) -> Mapping[str, Any] | None:
     """The checkpoint that this run goes on from, already in `setup`; tensors are not read, or left out (of folders).
 
@@ -96,9 +100,7 @@ def resumed_checkpoint(trainer: Trainer) -> Mapping[str, Any] | None:
     path, weights_only = _resume_arguments(trainer)
     if path is None:
         return None
-    checkpoint = _read_checkpoint(path, weights_only=weights_only)
-    if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
-        raise ValueError(f"'{path}' is no checkpoint: Lightning did not write it. Give one of a ModelCheckpoint.")
+    checkpoint = _read(path, weights_only=weights_only)
     if trainer.state.fn == TrainerFn.FITTING and "callbacks" not in checkpoint:
         raise ValueError(
             "The checkpoint holds weights only, and training cannot go on from it. Resume from one that was saved "
@@ -107,19 +109,19 @@ def resumed_checkpoint(trainer: Trainer) -> Mapping[str, Any] | None:
     return checkpoint
 
 
-def _read_checkpoint(path: str | Path, *, weights_only: bool | None) -> Any:
+def _read(path: str | Path, *, weights_only: bool | None) -> Mapping[str, Any]:
     file = Path(path) / "meta.pt" if Path(path).is_dir() else path
-    try:
-        if url_to_fs(str(file))[0].protocol[0] != "file":
-            return pl_load(file, map_location="cpu", weights_only=weights_only)
-        return torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no checkpoint '{path}': there is no such file.") from error
-    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, ValueError) as error:
+    if url_to_fs(str(file))[0].protocol[0] == "file":
+        return read_checkpoint(file, trusted=weights_only is False)
+    if weights_only is None and str(path).startswith("http"):  # of other places it reads data alone
         raise ValueError(
-            f"The checkpoint '{path}' cannot be read: {error}. Was the run killed while it was written, or copied in "
-            "part? Resume from an older one."
-        ) from error
+            f"The checkpoint '{path}' is read over http, and Lightning would run code that is in it. Copy it "
+            "here, or give `weights_only=True` (or false, if you trust it) beside `ckpt_path`."
+        )
+    with checkpoint_errors(path):
+        content = pl_load(file, map_location="cpu", weights_only=weights_only)
+    check_content(content, path=path)
+    return content
 
 
 def _resume_arguments(trainer: Trainer) -> tuple[Any, bool | None]:

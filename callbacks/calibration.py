@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from callbacks._loaders import Loaders, calibration_loaders, text_data
 from callbacks._resumed import check_resumed
 from callbacks._statistics import StatisticsUser
 from callbacks._strategy import check_strategy, processes
-from callbacks._trainer import callbacks_of, is_first_setup, language_model, move_to_device, resumed_checkpoint
+from callbacks._trainer import (
+    callbacks_of,
+    is_first_setup,
+    language_model,
+    move_to_device,
+    resumed_checkpoint,
+    state_key_of,
+)
 from callbacks._window import Window, check_rememberable
 from lightning_moe.allocation.budget import check_count
 from lightning_moe.calibration.collector import collect_statistics
@@ -67,7 +74,7 @@ class ExpertCalibration(Callback):
     @property
     def state_key(self) -> str:
         """Two calibrations in one trainer keep their states apart, and one with other settings is another."""
-        return self._generate_state_key(file=self.file, num_batches=self.num_batches, window=self.window)
+        return state_key_of(self, file=self.file, num_batches=self.num_batches, window=self.window)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -77,8 +84,7 @@ class ExpertCalibration(Callback):
         model, checkpoint = language_model(pl_module), resumed_checkpoint(trainer)
         first = is_first_setup(self, model=model, done=self._model)
         asked = [user.in_training for user in callbacks_of(trainer) if isinstance(user, StatisticsUser)]
-        if self.window is not None and not any(asked):
-            raise ValueError(f"`window: {self.window}` is for scheduled cuts, and no callback here has a `schedule`.")
+        self._check_window(asked)
         if stage == "fit" and any(asked):
             self._prepare(trainer, checkpoint)
         if not first:
@@ -92,6 +98,10 @@ class ExpertCalibration(Callback):
         if needed:
             self.collect(trainer, pl_module)
             self._save(trainer)
+
+    def _check_window(self, in_training: Sequence[bool]) -> None:
+        if self.window is not None and not any(in_training):
+            raise ValueError(f"`window: {self.window}` is for scheduled cuts, and no callback here has a `schedule`.")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from callbacks._epochs import batches_done, note_epochs, plain_loaders
+from callbacks._epochs import batches_done, note_epochs, plain_loaders, validation_loaders
 from callbacks._trainer import callbacks_of, resumed_checkpoint
 from lightning_moe.training.random_state import random_state, set_random_state
 
@@ -76,8 +76,7 @@ class ExactResume(Callback):
         After an epoch's last batch Lightning sets validation up and leaves it out: that must draw none of ours.
         """
         self._read_on(trainer)
-        combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-        for loader in [] if combined is None else combined.flattened:
+        for loader in validation_loaders(trainer):
             if isinstance(loader, DataLoader) and loader.generator is None:
                 loader.generator = torch.Generator()
 

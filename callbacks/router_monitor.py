@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from callbacks._loaders import Loaders, given_validation_loaders, text_data
 from callbacks._pruning import Pruning
-from callbacks._trainer import callbacks_of, is_first_setup, language_model
+from callbacks._trainer import callbacks_of, is_first_setup, language_model, state_key_of
 from lightning_moe.evaluation.routing import LayerRouting, RoutingMeter, RoutingTable, measure_routing, routing_scalars
 from lightning_moe.files import write_atomically, write_json
 from lightning_moe.reporting.figures import entropy_depth, png_bytes
@@ -59,7 +59,7 @@ class RouterMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Two monitors in one trainer keep their states apart."""
-        return self._generate_state_key(folder=str(self.folder), every_n_steps=self.every_n_steps)
+        return state_key_of(self, folder=str(self.folder), every_n_steps=self.every_n_steps)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -6,6 +6,12 @@ that stock `AutoModelForCausalLM.from_pretrained` loads pruned folders.
 
 import logging
 
+from lightning_moe.signals import stop_while_starting
+from lightning_moe.versions import check_versions
+
+stop_while_starting()
+check_versions()
+
 # bitsandbytes looks for an optional kernel package when it is imported and says so each time; nothing here needs it.
 _logger = logging.getLogger("bitsandbytes")
 _level = _logger.level

@@ -1,5 +1,6 @@
 """What callbacks see of the checkpoint that a run goes on from: read before anything is calibrated, or refused."""
 
+import lightning
 import pytest
 import torch
 from lightning import Callback, Trainer
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
 ]
 
-LIGHTNING = {"pytorch-lightning_version": "2.6.6", "callbacks": {}}
+LIGHTNING = {"pytorch-lightning_version": lightning.__version__, "callbacks": {}}
 
 
 @pytest.fixture(scope="module")

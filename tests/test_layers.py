@@ -12,7 +12,7 @@ import lightning_moe
 ROOT = Path(lightning_moe.__file__).parent
 # Lowest first; layers of one row may import each other as long as there is no cycle.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("files", "machine", "progress"),
+    ("failures", "files", "locks", "machine", "progress", "renaming", "signals", "versions"),
     ("assets",),
     ("records",),
     ("models",),

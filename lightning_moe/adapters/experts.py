@@ -1,6 +1,7 @@
 """DoraExperts: one PEFT layer for all experts of a MoE layer.
 
-T tokens, K experts per token, S = T*K sorted pairs, E experts, C channels (sum of the widths), H hidden, r rank.
+T tokens, K experts per token, S = T*K sorted pairs, E experts, C channels (sum of the widths), H hidden, r rank,
+G experts of equal width.
 """
 
 import math
@@ -9,17 +10,17 @@ from typing import Any, Self
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from lightning_moe.adapters.functional import adapted_norm, safe_norm, squared_norms
+from lightning_moe.adapters.layer import OwnLoraLayer
 from lightning_moe.adapters.norms import BaseNorms, NormCache, versions, weights_key
 from lightning_moe.adapters.step import SIDES, Call, Piece, adapted_experts
 from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows
 from lightning_moe.models.grouped import Routing, expert_runs
 
 
-class DoraExperts(nn.Module, LoraLayer):
+class DoraExperts(OwnLoraLayer):
     """DoRA (or LoRA) on every expert of a `ChannelExperts`, as a few stacked fp32 parameters.
 
     Same forward as the experts. All parameters are in storage order (slots sorted by width), so that the experts of a
@@ -49,7 +50,6 @@ class DoraExperts(nn.Module, LoraLayer):
         *(f"lora_B_{side}" for side in SIDES),
         *(f"lora_magnitude_{side}" for side in SIDES),
     )
-    other_param_names = ("r", "lora_alpha", "scaling", "use_dora")
 
     def __init__(
         self,
@@ -60,10 +60,8 @@ class DoraExperts(nn.Module, LoraLayer):
         lora_alpha: float = 1,
         **kwargs: Any,
     ) -> None:
-        nn.Module.__init__(self)
-        LoraLayer.__init__(self, base_layer)
+        super().__init__(base_layer, adapter_name)
         _check_activation(base_layer.act_fn)
-        self._active_adapter = adapter_name
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ParameterDict())
         self._base_norms = BaseNorms()
@@ -75,15 +73,9 @@ class DoraExperts(nn.Module, LoraLayer):
         """The frozen experts."""
         return self.get_submodule("base_layer")  # pyright: ignore[reportReturnType]
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:
-        return None, None
-
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Adds the parameters of one adapter (PEFT calls this for a second adapter on the same layer)."""
-        if r <= 0:
-            raise ValueError(f"The rank of an expert adapter must be at least 1, got {r}.")
-        self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = r, lora_alpha, lora_alpha / r
-        self.use_dora[adapter_name] = config.use_dora
+        self.note_adapter(adapter_name, rank=r, alpha=lora_alpha, config=config, what="an expert")
         for name, value in self._initial_parameters(r, use_dora=config.use_dora).items():
             self.parameters_of(name)[adapter_name] = nn.Parameter(value)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_moe.adapters.functional import adapted_weight
+from lightning_moe.adapters.layer import OwnLoraLayer
 
 
-class DoraRouter(nn.Module, LoraLayer):
+class DoraRouter(OwnLoraLayer):
     """Calls the original router with its `weight` [E, H] replaced by `m (W + s B A) / ||W + s B A||_row`.
 
     The router itself still runs (its groups, bias, masks, and transformers' recording of router logits), in fp32 where
@@ -31,7 +31,6 @@ class DoraRouter(nn.Module, LoraLayer):
     """
 
     adapter_layer_names = ("lora_A_router", "lora_B_router", "lora_magnitude_router")
-    other_param_names = ("r", "lora_alpha", "scaling", "use_dora")
 
     def __init__(
         self,
@@ -42,9 +41,7 @@ class DoraRouter(nn.Module, LoraLayer):
         lora_alpha: float = 1,
         **kwargs: Any,
     ) -> None:
-        nn.Module.__init__(self)
-        LoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
+        super().__init__(base_layer, adapter_name)
         self.lora_A_router = nn.ParameterDict()
         self.lora_B_router = nn.ParameterDict()
         self.lora_magnitude_router = nn.ParameterDict()
@@ -55,15 +52,9 @@ class DoraRouter(nn.Module, LoraLayer):
         """The original router."""
         return self.get_submodule("base_layer")
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:
-        return None, None
-
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Adds the parameters of one adapter."""
-        if r <= 0:
-            raise ValueError(f"The rank of a router adapter must be at least 1, got {r}.")
-        self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = r, lora_alpha, lora_alpha / r
-        self.use_dora[adapter_name] = config.use_dora
+        self.note_adapter(adapter_name, rank=r, alpha=lora_alpha, config=config, what="a router")
         weight_EH = self.router.get_parameter("weight").detach().float()
         down_rH = torch.empty(r, weight_EH.shape[1], device=weight_EH.device)
         self.lora_A_router[adapter_name] = nn.Parameter(nn.init.kaiming_uniform_(down_rH, a=math.sqrt(5)))

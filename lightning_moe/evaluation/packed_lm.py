@@ -1,6 +1,6 @@
 """lm_eval's language model over a model in memory, fast at what zero-shot tasks ask: log-probabilities of choices.
 
-S tokens in a row, P positions whose logits are needed, V vocabulary.
+S tokens in a row, T tokens of a text, P positions whose logits are needed, V vocabulary.
 
 The choices of an item share their context. It is computed once: a row holds contexts, each followed by its choices as
 branches, and an attention mask lets a token see its own context and its own branch only. Logits are made only at
@@ -18,6 +18,9 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
+
+from lightning_moe.models.loading import implementations
 
 _AnyHFLM: Any = HFLM  # the decorator of lm_eval's registry hides its type
 Request = tuple[Any, list[int], list[int]]  # (context and continuation as text, tokens of each)
@@ -73,7 +76,8 @@ class PackedLM(_AnyHFLM):
         """(log-probability, whether greedy decoding gives it) of each continuation after its context."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.silent)
 
-    def _loglikelihood_tokens(
+    @override
+    def _loglikelihood_tokens(  # pyright: ignore[reportGeneralTypeIssues]: the base is `Any` to it
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """The same for tokens."""
@@ -103,7 +107,7 @@ def _sees_by_mask(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config().to_dict()
     kinds, window = set(config.get("layer_types") or ()), config.get("sliding_window")
     everything = kinds == {"full_attention"} if kinds else not window
-    return everything and model.config._attn_implementation in ("sdpa", "eager")
+    return everything and implementations(model.config)["attn"] in ("sdpa", "eager")
 
 
 def _trees(requests: Sequence[Request], *, max_length: int) -> list[_Tree]:
