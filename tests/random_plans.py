@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import torch
+from tiny_models import NUM_EXPERTS, WIDTH
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_moe.models.discovery import model_shape
@@ -35,3 +37,17 @@ def uniform_plan(model: PreTrainedModel, *, width: int, evicted: Sequence[Sequen
         ranks = [torch.randperm(stock, generator=generator) for stock in layer.widths]
         keep.append(torch.cat([(rank < width) & (expert not in gone) for expert, rank in enumerate(ranks)]))
     return PrunePlan(shape=shape, method="random", prune_ratio=0.5, align=1, keep=tuple(keep), provenance={})
+
+
+def alike_plan(model: PreTrainedModel, *, keep_C: Tensor) -> PrunePlan:
+    """The same channels stay in every layer."""
+    shape = model_shape(model)
+    keep = (keep_C,) * len(shape.layers)
+    return PrunePlan(shape=shape, method="test", prune_ratio=0.5, align=1, keep=keep, provenance={})
+
+
+def mixed_keep() -> Tensor:
+    """Expert 0 stays whole, expert 1 goes, the others keep a random half."""
+    keep_EI = torch.rand(NUM_EXPERTS, WIDTH, generator=torch.Generator().manual_seed(3)) < 0.5
+    keep_EI[0], keep_EI[1] = True, False
+    return keep_EI.reshape(-1)

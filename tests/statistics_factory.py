@@ -63,11 +63,23 @@ def make_statistics(
         num_groups=num_groups,
         top_k_groups=top_k_groups,
     )
+    return random_statistics(shape, corpora=corpora, num_tokens=num_tokens, optional=optional, seed=seed)
+
+
+def random_statistics(
+    shape: ModelShape,
+    *,
+    corpora: Sequence[str] = ("text",),
+    num_tokens: int = 1000,
+    optional: bool = False,
+    seed: int = 0,
+) -> CalibrationStatistics:
+    """The same for a shape that is there already."""
     generator = torch.Generator().manual_seed(seed)
+    sizes = {"hidden": shape.hidden_size, "num_tokens": num_tokens}
     made = {
         corpus: tuple(
-            _layer_statistics(layer, hidden=hidden, num_tokens=num_tokens, optional=optional, generator=generator)
-            for layer in shape.layers
+            _layer_statistics(layer, **sizes, optional=optional, generator=generator) for layer in shape.layers
         )
         for corpus in corpora
     }

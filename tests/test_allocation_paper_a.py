@@ -44,7 +44,9 @@ def test_blocks_do_not_leak_between_layers():
     statistics = make_statistics(num_layers=4, num_experts=16)
     scores = CHANNEL_CRITERIA["activation_norm"](statistics)
     weight_L = torch.tensor([0.5, 1.0, 1.5, 1.0], dtype=torch.float64)
-    block_L = layer_budgets(scores, weight_L=weight_L, prune_ratio=0.5, align=8, floors=Floors())
+    block_L = layer_budgets(
+        scores, weight_L=weight_L, prune_ratio=0.5, alignment=Alignment(align=8, min_width=16), floors=Floors()
+    )
     masks = cover_model(
         scores,
         weights=EXPERT_CRITERIA["attribution"](statistics),

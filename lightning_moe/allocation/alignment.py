@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_moe.allocation.budget import check_count
 from lightning_moe.allocation.ranking import order_by
-from lightning_moe.allocation.reachability import reserve_experts
+from lightning_moe.allocation.reachability import needed_per_group, reserve_experts
 from lightning_moe.records import LayerShape
 
 
@@ -69,15 +69,46 @@ def align_widths(layer: LayerShape, *, demand: Demand, alignment: Alignment) -> 
 
     Raises:
         ValueError: no such widths exist; the message names the layer and the numbers.
+
+    Examples:
+        >>> layer = LayerShape(name="experts", widths=(64, 64, 64), top_k=1)
+        >>> ideal_E = torch.tensor([40, 20, 4])  # 4 is below a block: evicted; 40 and 20 become 2 and 1 blocks
+        >>> none_E, value_E = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.float64)
+        >>> demand = Demand(ideal_E=ideal_E, value_E=value_E, floor_E=none_E, num_blocks=4)
+        >>> align_widths(layer, demand=demand, alignment=Alignment(align=16)).tolist()  # 40 lost 8, 20 lost 4
+        [48, 16, 0]
     """
     align = alignment.align
-    capacity_E = torch.tensor(layer.widths) // align
-    least_E = torch.minimum((demand.floor_E.clamp(min=alignment.min_width) + align - 1) // align, capacity_E)
+    capacity_E, least_E = _capacities(layer, floor_E=demand.floor_E, alignment=alignment)
     alive_E = _survivors(layer, demand=demand, capacity_E=capacity_E, least_E=least_E, align=align)
     capacity_E, least_E = capacity_E * alive_E, least_E * alive_E
     block_E = torch.clamp(demand.ideal_E // align, min=least_E, max=capacity_E)
     block_E = _return_blocks(block_E, demand=demand, capacity_E=capacity_E, align=align)
     return align * _take_blocks(block_E, demand=demand, least_E=least_E, align=align)
+
+
+def fewest_blocks(layer: LayerShape, *, floor_E: Tensor, alignment: Alignment) -> int:
+    """Blocks without which no legal widths exist: of protected experts, and of the narrowest others that must stay.
+
+    Args:
+        layer: The layer.
+        floor_E: Channels of protected experts at least, int64 [E]; 0 = not protected.
+        alignment: Size of a block and smallest width.
+    """
+    capacity_E, least_E = _capacities(layer, floor_E=floor_E, alignment=alignment)
+    protected_E, group_E, count = floor_E > 0, layer.group_of_expert, int(least_E[floor_E > 0].sum())
+    for group in range(layer.num_groups):
+        own_E = (group_E == group) & (capacity_E > 0)
+        others = least_E[own_E & ~protected_E].sort().values
+        count += int(others[: max(needed_per_group(layer) - int((own_E & protected_E).sum()), 0)].sum())
+    return count
+
+
+def _capacities(layer: LayerShape, *, floor_E: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
+    """Whole blocks that each expert has, and that it keeps at least if it stays; int64 [E]."""
+    align = alignment.align
+    capacity_E = torch.tensor(layer.widths) // align
+    return capacity_E, torch.minimum((floor_E.clamp(min=alignment.min_width) + align - 1) // align, capacity_E)
 
 
 def _survivors(layer: LayerShape, *, demand: Demand, capacity_E: Tensor, least_E: Tensor, align: int) -> Tensor:

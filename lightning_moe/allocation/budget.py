@@ -52,6 +52,10 @@ def resolve_prune_ratio(*, prune_ratio: float | None, keep_ratio: float | None) 
 
     Raises:
         ValueError: both or none are given, or the one given is out of range.
+
+    Examples:
+        >>> resolve_prune_ratio(prune_ratio=None, keep_ratio=0.9)
+        0.1
     """
     if (prune_ratio is None) == (keep_ratio is None):
         raise ValueError(
@@ -102,6 +106,10 @@ def block_budget(shape: ModelShape, *, prune_ratio: float, align: int) -> int:
 
     Raises:
         ValueError: a ratio or `align` out of range, or experts that have fewer whole blocks than that.
+
+    Examples:
+        >>> block_budget(shape_of([100, 100]), prune_ratio=0.25, align=16)  # 150 channels are 9.375 blocks
+        9
     """
     check_count(align, name="align", lowest=1)
     num_blocks = channel_budget(shape, prune_ratio=prune_ratio) // align
@@ -126,6 +134,11 @@ def round_to_blocks(channel_L: Tensor, *, capacity_L: Tensor, num_blocks: int, a
 
     Returns:
         Blocks per layer, int64 [L].
+
+    Examples:
+        >>> capacity_L = torch.tensor([4, 4])
+        >>> round_to_blocks(torch.tensor([40, 24]), capacity_L=capacity_L, num_blocks=4, align=16).tolist()  # 2.5, 1.5
+        [3, 1]
     """
     block_L = torch.minimum(channel_L // align, capacity_L)
     while (missing := num_blocks - int(block_L.sum())) > 0:

@@ -1,6 +1,6 @@
 """Ours: corpora take turns protecting blocks of channels, the rest of one exact budget goes by the aggregate score."""
 
-# K corpora, C channels of a layer, A channels of all layers, N channels of the widest expert
+# K corpora, C channels of a layer, A channels of all layers, E experts, N channels of the widest expert
 
 import heapq
 from collections.abc import Sequence
@@ -65,6 +65,12 @@ def protect_blocks(shape: ModelShape, *, scores: Sequence[Tensor], num_blocks: i
 
     Corpora take turns in the order of the rows. One that finds only scores of 0 passes; protection ends early when all
     of them do. Equals: the expert of the lower index.
+
+    Examples:
+        >>> first_C, second_C = [5.0, 4.0, 3.0, 0.0], [9.0, 0.0, 1.0, 2.0]  # two corpora, two experts of two channels
+        >>> score_KC = torch.tensor([first_C, second_C], dtype=torch.float64)
+        >>> protect_blocks(shape_of([2, 2]), scores=[score_KC], num_blocks=2, align=1)[0].tolist()  # 0, then 3
+        [True, False, False, True]
     """
     free_A = np.ones(shape.num_channels, dtype=bool)
     waiting = [_Corpus(shape, scores=rows, free_A=free_A, align=align) for rows in zip(*scores, strict=True)]

@@ -49,6 +49,11 @@ def normalise(scores: Sequence[Tensor], *, by: str, tokens: float) -> tuple[Tens
         scores: Nonnegative scores of one corpus.
         by: The divisor.
         tokens: Of this corpus.
+
+    Examples:
+        >>> scores = [torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0])]
+        >>> [score_N.tolist() for score_N in normalise(scores, by="layer", tokens=10)]
+        [[0.25, 0.75], [0.0, 0.0]]
     """
     divisors: Mapping[str, Callable[[], Sequence[float]]] = {
         "none": lambda: [1.0] * len(scores),

@@ -70,6 +70,12 @@ def cover(groups: Sequence[Tensor], *, weight_G: Tensor, budget: int, floor_G: T
 
     Raises:
         ValueError: a weight is negative or not finite, or the budget is below the floors or above all channels.
+
+    Examples:
+        >>> groups = [torch.tensor([6.0, 3.0, 1.0], dtype=torch.float64), torch.tensor([5.0, 5.0], dtype=torch.float64)]
+        >>> weight_G = torch.ones(2, dtype=torch.float64)
+        >>> cover(groups, weight_G=weight_G, budget=3).tolist()  # 60 % are the first of 6 + 3 + 1, and both of 5 + 5
+        [1, 2]
     """
     sorted_groups = SortedGroups.of(groups)
     floor_G = torch.zeros_like(sorted_groups.size_G) if floor_G is None else floor_G

@@ -46,6 +46,11 @@ def take_turns(score_KE: Tensor, *, num_protected: int) -> Tensor:
     Returns:
         int64 [E]: 0 for an expert that is not protected, else the number of experts protected from this turn on, so
         that the first one has the highest number.
+
+    Examples:
+        >>> score_KE = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]])
+        >>> take_turns(score_KE, num_protected=2).tolist()  # both want expert 0; the second takes its next best
+        [2, 0, 1]
     """
     free_KE, left = score_KE.clone(), num_protected
     turn_E = torch.zeros(score_KE.shape[1], dtype=torch.long)

@@ -32,6 +32,12 @@ def drop_experts(
 
     Raises:
         ValueError: a ratio out of range, or fewer experts than a token needs: names the layer and the numbers.
+
+    Examples:
+        >>> score_E = torch.tensor([1.0, 4.0, 3.0, 2.0], dtype=torch.float64)
+        >>> scores = ExpertScores(shape=shape_of([2, 2, 2, 2]), criterion="reap", scores=(score_E,))
+        >>> drop_experts(scores, prune_ratio=0.5)[0].int().tolist()
+        [0, 0, 1, 1, 1, 1, 0, 0]
     """
     check_prune_ratio(prune_ratio)
     if prune_ratio == 0:

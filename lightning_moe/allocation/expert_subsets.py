@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_moe.allocation.budget import check_prune_ratio, keep_everything
 from lightning_moe.allocation.expert_dropping import check_enough, count_along, num_kept_experts
+from lightning_moe.allocation.ranking import order_by
 from lightning_moe.allocation.reachability import needed_per_group
 from lightning_moe.records import LayerShape, ModelShape
 
@@ -24,6 +25,11 @@ def tries_all_subsets(layer: LayerShape, *, prune_ratio: float, max_subsets: int
 
     Raises:
         ValueError: a set is smaller than a token needs: names the layer and the numbers.
+
+    Examples:
+        >>> layer = LayerShape(name="experts", widths=(8,) * 8, top_k=2)
+        >>> tries_all_subsets(layer, prune_ratio=0.5, max_subsets=70)  # 8 over 4
+        True
     """
     present = [width for width in layer.widths if width]
     if len(set(present)) > 1:
@@ -109,14 +115,18 @@ def _subsets(num_present: int, *, size: int) -> Iterator[Tensor]:
 
 
 def _greedy_order(gram_PP: Tensor, *, group_P: Tensor, needed: int) -> Tensor:
-    """Experts by when they go, the last first; a router group that has only what it needs drops none."""
+    """Experts by when they go, the last first; a router group that has only what it needs drops none.
+
+    Those that stay in any case come by what their loss would add, largest first.
+    """
     kept_P, gone = torch.ones(len(gram_PP), dtype=torch.bool), list[int]()
     added_P = gram_PP.diagonal().clone()
     while True:
         left_G = torch.bincount(group_P[kept_P], minlength=int(group_P.max()) + 1)
         may_go_P = kept_P & (left_G[group_P] > needed)
         if not bool(may_go_P.any()):
-            return torch.cat([kept_P.nonzero().squeeze(1), torch.tensor(gone[::-1], dtype=torch.long)])
+            stay_R = kept_P.nonzero().squeeze(1)
+            return torch.cat([stay_R[order_by(added_P[stay_R])], torch.tensor(gone[::-1], dtype=torch.long)])
         expert = int(added_P.masked_fill(~may_go_P, torch.inf).argmin())
         kept_P[expert] = False
         gone.append(expert)

@@ -38,7 +38,12 @@ class Floors:
         check_count(self.expert_floor, name="expert_floor", lowest=0)
 
     def layer_blocks(self, shape: ModelShape, *, align: int) -> list[int]:
-        """Blocks that each layer keeps at least: its share of channels rounded up, at most its whole blocks."""
+        """Blocks that each layer keeps at least: its share of channels rounded up, at most its whole blocks.
+
+        Examples:
+            >>> Floors(layer_floor=0.3).layer_blocks(shape_of([32, 32]), align=16)  # 19.2 of 64 channels, rounded up
+            [2]
+        """
         return [
             min(math.ceil(self.layer_floor * layer.num_channels / align), whole_blocks(layer, align=align))
             for layer in shape.layers

@@ -32,6 +32,12 @@ def layer_blocks(score_C: Tensor, *, widths: Sequence[int], align: int) -> Layer
     """Cuts each expert's own ranking, best channel first, into whole blocks of `align`; the partial rest is left out.
 
     The score of a block is the sum of its channels'; inside an expert it never rises from block to block.
+
+    Examples:
+        >>> score_C = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0, 3.0])
+        >>> blocks = layer_blocks(score_C, widths=[4, 2], align=2)
+        >>> blocks.score_B.tolist(), blocks.expert_B.tolist()  # 5 + 4, 2 + 1; 3 + 3
+        ([9.0, 3.0, 6.0], [0, 0, 1])
     """
     score_EN, _ = as_rectangle(score_C, widths=widths)
     num_columns = score_EN.shape[1] // align
@@ -73,6 +79,22 @@ def rank_globally(
     if prune_ratio == 0:
         return keep_everything(scores.shape)
     num_blocks = block_budget(scores.shape, prune_ratio=prune_ratio, align=align)
+    return rank_blocks(scores, num_blocks=num_blocks, align=align, floors=floors, costs=costs)
+
+
+def rank_blocks(
+    scores: ChannelScores,
+    *,
+    num_blocks: int,
+    align: int,
+    floors: Floors | None = None,
+    costs: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """`rank_globally` for a budget in blocks, at most as many as the experts have.
+
+    Raises:
+        ValueError: a budget smaller than what is reserved, or a router group of experts without whole blocks.
+    """
     layers = list(zip(scores.shape.layers, scores.scores, strict=True))
     blocks = [layer_blocks(score_C, widths=layer.widths, align=align) for layer, score_C in layers]
     if costs is not None:

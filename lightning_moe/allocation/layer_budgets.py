@@ -15,7 +15,7 @@ from lightning_moe.allocation.budget import (
     round_to_blocks,
     whole_blocks,
 )
-from lightning_moe.allocation.global_ranking import rank_globally
+from lightning_moe.allocation.global_ranking import rank_blocks
 from lightning_moe.allocation.reachability import needed_per_group
 from lightning_moe.records import ChannelScores, ModelShape
 
@@ -29,6 +29,10 @@ def u_shape(num_layers: int, *, strength: float) -> Tensor:
     x runs from -1 at the first layer to 1 at the last; the mean is 1. With many layers the ends weigh
     `1 + 2/3 strength` and the middle `1 - 1/3 strength`; 0 is uniform. The field's folklore (ends are often left
     unpruned, as in LLM-Pruner, arXiv 2305.11627); this formula is ours.
+
+    Examples:
+        >>> [round(weight, 3) for weight in u_shape(3, strength=0.3).tolist()]  # x^2 is 1, 0, 1 and 2/3 in the mean
+        [1.1, 0.8, 1.1]
     """
     square_L = torch.linspace(-1.0, 1.0, num_layers, dtype=torch.float64).square()
     return 1 + strength * (square_L - square_L.mean())
@@ -101,7 +105,7 @@ def rank_in_layers(
     block_L = spread_blocks(scores.shape, weight_L=weight_L, prune_ratio=prune_ratio, align=align)
     layers = _single_layers(scores)
     return tuple(
-        rank_globally(layer, prune_ratio=1 - int(blocks) * align / layer.shape.num_channels, align=align)[0]
+        rank_blocks(layer, num_blocks=int(blocks), align=align)[0]
         for layer, blocks in zip(layers, block_L, strict=True)
     )
 

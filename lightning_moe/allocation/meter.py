@@ -77,7 +77,12 @@ def _least(layer: LayerShape, *, align: int) -> list[int]:
 
 
 def shown(name: str, value: float) -> str:
-    """A limit or what was reached, for people."""
+    """A limit or what was reached, for people.
+
+    Examples:
+        >>> shown("bytes", 11.5e9), shown("stored_params", 3.2e6), shown("active", 0.6)
+        ('11.500 GB', '3.200M', '0.6000')
+    """
     if name == "bytes":
         return format_bytes(value)
     return format_params(value) if name.endswith("params") else f"{value:.4f}"

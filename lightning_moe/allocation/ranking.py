@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def order_by(*keys: Tensor) -> Tensor:
-    """Indices sorted descending by the first key, equals by the second, and so on; last of all by index."""
+    """Indices sorted descending by the first key, equals by the second, and so on; last of all by index.
+
+    Examples:
+        >>> order_by(torch.tensor([2, 1, 2]), torch.tensor([0, 5, 1])).tolist()
+        [2, 0, 1]
+    """
     order = torch.arange(len(keys[0]))
     for key in reversed(keys):
         order = order[key[order].argsort(descending=True, stable=True)]
@@ -41,5 +46,10 @@ def keep_top_channels(score_C: Tensor, *, widths: Sequence[int], kept_E: Tensor)
 
     Returns:
         Bool [C].
+
+    Examples:
+        >>> score_C = torch.tensor([1.0, 5.0, 2.0, 9.0, 8.0])
+        >>> keep_top_channels(score_C, widths=[3, 2], kept_E=torch.tensor([2, 1])).int().tolist()
+        [0, 1, 1, 1, 0]
     """
     return rank_within_experts(score_C, widths=widths) < kept_E.repeat_interleave(torch.tensor(widths))

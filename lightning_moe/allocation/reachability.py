@@ -14,6 +14,12 @@ def needed_per_group(layer: LayerShape) -> int:
 
     `top_k` without groups. With groups `ceil(top_k / top_k_groups)`, so that any choice of groups holds `top_k`
     experts, and two where the group has them, because such routers rank a group by the sum of its two best.
+
+    Examples:
+        >>> needed_per_group(LayerShape(name="experts", widths=(8,) * 8, top_k=3))
+        3
+        >>> needed_per_group(LayerShape(name="experts", widths=(8,) * 8, top_k=4, num_groups=4, top_k_groups=2))
+        2
     """
     needed = -(-layer.top_k // layer.top_k_groups)
     if layer.num_groups == 1:

@@ -27,6 +27,10 @@ def largest_within(
 
     Returns:
         The number (None if each is over the limit or too small), and the smallest number found to be over.
+
+    Examples:
+        >>> largest_within(lambda number: number**2 - 50, highest=20, origin=-50)
+        (7, 8)
     """
     best, low, below = None, 0, min(origin, -1e-12)
     high, above = highest, excess(highest) or 1e-12

@@ -69,6 +69,10 @@ def smooth(loss_L: Tensor, *, smoothing: str = "sqrt4") -> Tensor:
 
     Raises:
         ValueError: an unknown name.
+
+    Examples:
+        >>> smooth(torch.tensor([1.0, 9.0], dtype=torch.float64), smoothing="sqrt").tolist()  # 1 and 3, over their mean
+        [0.5, 1.5]
     """
     check_smoothing(smoothing)
     if not bool(loss_L.any()):

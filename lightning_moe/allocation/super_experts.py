@@ -24,6 +24,10 @@ def super_experts(statistics: CalibrationStatistics, *, corpora: Sequence[str] |
 
     Raises:
         ValueError: an unknown corpus.
+
+    Examples:
+        >>> super_experts(one_layer(widths=[1] * 4, max_abs=[1, 2, 900, 1]))[0].tolist()
+        [False, False, True, False]
     """
     largest = [sums["max_abs"] for sums in statistics.total(corpora)]
     every = torch.cat(largest)

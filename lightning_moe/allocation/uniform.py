@@ -47,6 +47,10 @@ def kept_width(width: int, *, prune_ratio: float, align: int) -> int:
 
     Raises:
         ValueError: a setting out of range, or an `align` wider than the expert.
+
+    Examples:
+        >>> kept_width(100, prune_ratio=0.5, align=16)  # 50 is nearest to three blocks
+        48
     """
     check_prune_ratio(prune_ratio)
     check_count(align, name="align", lowest=1)

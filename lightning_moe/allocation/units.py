@@ -8,6 +8,7 @@ _BYTES = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_LARGEST = 2.0**63
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
@@ -16,6 +17,10 @@ def parse_bytes(text: str | int) -> int:
 
     Raises:
         ValueError: anything else, and a number below 1000 without a unit, which rarely means bytes.
+
+    Examples:
+        >>> parse_bytes("11.5GB"), parse_bytes("1 KiB")
+        (11500000000, 1024)
     """
     size = _parse(text, units=_BYTES, what="a size in bytes", example="11.5GB (powers of 1000), 10.7GiB (of 1024)")
     if size < 1000 and not str(text).strip()[-1].isalpha():
@@ -33,11 +38,15 @@ def parse_params(text: str | int) -> int:
 
 
 def _parse(text: str | int, *, units: dict[str, int], what: str, example: str) -> int:
-    found = _NUMBER.fullmatch(str(text))
+    found = _NUMBER.fullmatch(str(text)) if isinstance(text, str) or abs(text) < _LARGEST else None
     known = {name.lower(): factor for name, factor in units.items()}
     if isinstance(text, bool) or found is None or found[2].lower() not in known:
-        raise ValueError(f"{text!r} is not {what}. Write it like {example}; the units are {list(units)[1:]}.")
-    return round(float(found[1]) * known[found[2].lower()])
+        came = repr(text) if isinstance(text, str) or abs(text) < _LARGEST else f"a number of {text.bit_length()} bits"
+        raise ValueError(f"{came[:80]} is not {what}. Write it like {example}; the units are {list(units)[1:]}.")
+    size = float(found[1]) * known[found[2].lower()]
+    if size >= _LARGEST:
+        raise ValueError(f"{str(text)[:40]!r} is more than {what} can be. Write it like {example}.")
+    return round(size)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -46,7 +55,12 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_params(count: float) -> str:
-    """The same for parameters: K, M, B."""
+    """The same for parameters: K, M, B.
+
+    Examples:
+        >>> format_params(3_190_528)
+        '3.191M'
+    """
     return _format(count, units=["", "K", "M", "B", "T"], gap="")
 
 

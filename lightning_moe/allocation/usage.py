@@ -32,6 +32,11 @@ def rerouted(
         usage: Per layer, the share of tokens routed to each expert [E].
         widths: Per layer, kept channels of each expert, at least one above 0.
         before: The same of the model that was calibrated.
+
+    Examples:
+        >>> usage = [torch.tensor([1.0, 0.5, 0.5])]  # top-2: the shares sum to 2
+        >>> rerouted(usage, widths=[[0, 8, 8]], before=[[8, 8, 8]])[0].tolist()
+        [0.0, 1.0, 1.0]
     """
     return [
         _rerouted(share_E, width_E=torch.tensor(own), before_E=torch.tensor(earlier))
@@ -46,7 +51,12 @@ def _rerouted(share_E: Tensor, *, width_E: Tensor, before_E: Tensor) -> Tensor:
 
 
 def active_channels(widths: Sequence[Sequence[int]], *, usage: Sequence[Tensor]) -> float:
-    """Channels of routed experts that a token uses on average, over all layers: `sum usage * width`."""
+    """Channels of routed experts that a token uses on average, over all layers: `sum usage * width`.
+
+    Examples:
+        >>> active_channels([[4, 2]], usage=[torch.tensor([0.5, 1.0], dtype=torch.float64)])
+        4.0
+    """
     return sum(
         float(share_E @ torch.tensor(own, dtype=torch.float64)) for share_E, own in zip(usage, widths, strict=True)
     )

@@ -201,15 +201,15 @@ class ChannelExperts(nn.Module):
         self.novices = nn.Parameter(rows_NH, requires_grad=False) if experts else None
 
     def add_novices(self, output_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The routed sum of the other experts and, where there are novices, gate weight times their constant."""
+        """The routed sum `[T, H]` of the other experts and, where there are novices, gate weight times constant."""
         if self.novices is None:
             return output_TH
-        gate_TE = weights_TK.new_zeros(len(index_TK), self.num_experts).scatter(1, index_TK, weights_TK)
+        gate_TE = weights_TK.new_zeros(len(index_TK), self.num_experts).scatter_add(1, index_TK, weights_TK)
         constant_TH = gate_TE[:, list(self.novice_experts)] @ self.novices.to(gate_TE.dtype)
         return output_TH + constant_TH.to(output_TH.dtype)
 
     def slots(self, index_TK: Tensor) -> Tensor:
-        """Storage slot of each expert index (a lookup of E entries)."""
+        """Storage slot of each expert index `[T, K]` (a lookup of E entries)."""
         device = index_TK.device
         if device not in self._slot_of_expert:
             slot_E = torch.empty(self.num_experts, dtype=torch.int64)
@@ -252,7 +252,7 @@ class ChannelExperts(nn.Module):
         return self.routed_output(input_TH, index_TK, weights_TK, dtype)
 
     def routed_output(self, input_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
-        """`forward`, computed in the type of the input, given as `dtype`.
+        """`forward` `[T, H]`, computed in the type of the input, given as `dtype`.
 
         One host sync a layer (`Routing.bounds`), none per expert.
         """

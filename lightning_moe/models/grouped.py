@@ -1,6 +1,7 @@
 """Routing and grouped matrix products: the arithmetic every experts module here is made of.
 
-T tokens, K experts per token, S = T*K routed pairs sorted by expert, G experts of equal width, n channels, H hidden.
+T tokens, K experts per token, S = T*K routed pairs sorted by expert, G experts of equal width, n channels, H hidden,
+C rows of a run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,13 @@ class Routing:
 
     @classmethod
     def sort(cls, slot_TK: Tensor, *, num_slots: int) -> "Routing":
-        """Sorts the pairs of `slot_TK` (int64, values in [0, num_slots)) by slot, stably."""
+        """Sorts the pairs of `slot_TK` (int64, values in [0, num_slots)) by slot, stably.
+
+        Examples:
+            >>> routing = Routing.sort(torch.tensor([[1, 0], [0, 2]]), num_slots=3)  # two tokens, two experts each
+            >>> routing.token_S.tolist(), routing.bounds
+            ([0, 1, 0, 1], (0, 2, 3, 4))
+        """
         sorted_S, order_S = slot_TK.reshape(-1).sort(stable=True)
         # Not bincount, which waits for a GPU once more.
         ends = torch.searchsorted(sorted_S, torch.arange(num_slots, device=sorted_S.device), right=True)
@@ -207,13 +214,19 @@ class FrozenGroupedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient of the input only."""
+        """Gradient of the input only, `[S, k]`."""
         return grouped_matmul(grads[0].contiguous(), ctx.load_Gkn().transpose(1, 2), ctx.bounds), None, None
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """Whether grouped_mm takes this operand: a supported type, all strides 16 bytes wide but a single unit one."""
+    """Whether grouped_mm takes this operand: a supported type, all strides 16 bytes wide but a single unit one.
+
+    And rows or columns that do not overlap by their strides, which views of one column may do.
+    """
     if not _has_grouped_kernel(tensor.device, tensor.dtype) or tensor.data_ptr() % 16:
+        return False
+    (rows, columns), (down, right) = tensor.shape[-2:], tensor.stride()[-2:]
+    if not (right == 1 and down >= columns) and not (down == 1 and right >= rows):
         return False
     narrow = [stride for stride in tensor.stride() if stride * tensor.element_size() % 16]
     return len(narrow) <= 1 and all(stride == 1 for stride in narrow)

@@ -54,7 +54,7 @@ def apply_plan(
         ValueError: the plan was made for another model, repair or novices for another plan, or an optimizer keeps a
             state that cannot follow; the model is as it was then.
     """
-    plan.check_fits(model_shape(model))
+    check_plan_fits(model, plan=plan)
     if repair is not None:
         repair.check_fits(plan)
     if novices is not None:
@@ -74,6 +74,22 @@ def apply_plan(
     save_with_widths(model)
     if not optimizers:  # in training one line says it (`ScheduledPruner`)
         log.info("%s", plan.summary())
+
+
+def check_plan_fits(model: PreTrainedModel, *, plan: PrunePlan) -> None:
+    """Refuses a plan that was made for another model, or that leaves a router too little.
+
+    Raises:
+        ValueError: names the first difference, or the layer.
+    """
+    plan.check_fits(model_shape(model))
+    for layer in moe_layers(model):
+        num_kept = sum(width > 0 for width in plan.widths(layer.index))
+        if layer.family.router_groups == "top2_sum" and num_kept < 2:
+            raise ValueError(
+                f"'{layer.name}': the router of '{layer.family.model_type}' always looks for its two best experts, and "
+                f"the plan keeps {num_kept}. Prune less, so that each layer keeps two."
+            )
 
 
 def cut_layer(

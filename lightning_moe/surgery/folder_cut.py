@@ -1,4 +1,7 @@
-"""The cut of a checkpoint, one decoder layer in memory at a time.  C channels of a layer, k kept ones, H hidden."""
+"""The cut of a checkpoint, one decoder layer in memory at a time.
+
+C channels of a layer, k kept ones, H hidden, N novices.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

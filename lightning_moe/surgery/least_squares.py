@@ -50,6 +50,13 @@ def repaired_down_rows(
         half_b: the other half's.
         num_tokens: tokens routed to the expert, both halves together.
         ridges: candidates, relative to the mean diagonal.
+
+    Examples:
+        >>> down_nH, keep_n = torch.tensor([[1.0], [2.0]]), torch.tensor([True, False])
+        >>> half_nn = torch.full((2, 2), 50.0)  # the two channels are always equal, so one can stand in for both
+        >>> repair = repaired_down_rows(down_nH=down_nH, keep_n=keep_n, half_a=half_nn, half_b=half_nn, num_tokens=100)
+        >>> round(repair.down_rows.item(), 2)
+        3.0
     """
     if bool(keep_n.all()) or not bool(keep_n.any()):
         return unchanged_rows(down_nH[keep_n])

@@ -117,14 +117,13 @@ def plan_repair(
     """
     plan.check_fits(model_shape(model))
     layers, found = moe_layers(model), []
-    columns = repair_columns(plan, after_nf4=after_nf4)
     if grams is None:
         grams = iterate_grams(
             model,
             loaders=loaders,
             memory_gb=memory_gb,
             experts=[experts_to_fit(plan, layer_index=layer.index, after_nf4=after_nf4) for layer in layers],
-            columns=columns,
+            columns=repair_columns(plan, after_nf4=after_nf4),
             progress=progress,
             processes=processes,
         )

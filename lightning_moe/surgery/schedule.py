@@ -38,7 +38,13 @@ class PruneSchedule:
         return self.cuts[-1][1]
 
     def due(self, *, step: int, num_done: int) -> tuple[int, float] | None:
-        """(cuts done after this one, its prune ratio) if one is due at `step`, else None; overdue ones are skipped."""
+        """(cuts done after this one, its prune ratio) if one is due at `step`, else None; overdue ones are skipped.
+
+        Examples:
+            >>> schedule = PruneSchedule(cuts=((10, 0.25), (20, 0.5)))
+            >>> schedule.due(step=9, num_done=0), schedule.due(step=12, num_done=0), schedule.due(step=25, num_done=1)
+            (None, (1, 0.25), (2, 0.5))
+        """
         reached = [index for index, (at, _) in enumerate(self.cuts) if at <= step]
         if not reached or reached[-1] < num_done:
             return None
@@ -80,7 +86,13 @@ class GradualSchedule:
             raise ValueError(f"`prune_ratio` of a schedule must be inside (0, 1), got {self.prune_ratio!r}.")
 
     def to_cuts(self) -> PruneSchedule:
-        """The steps and ratios of the cuts."""
+        """The steps and ratios of the cuts.
+
+        Examples:
+            >>> curve = GradualSchedule(shape="cubic", begin=0, end=8, num_cuts=2, prune_ratio=0.5)
+            >>> curve.to_cuts().cuts  # half-way 0.5 * (1 - 0.5^3)
+            ((4, 0.4375), (8, 0.5))
+        """
         length = self.end - self.begin
         steps = [self.begin + round(cut * length / self.num_cuts) for cut in range(1, self.num_cuts + 1)]
         left = [1 - (step - self.begin) / length for step in steps]

@@ -1,4 +1,7 @@
-"""From a folder to cut and packed layers, one after the other.  E experts, C channels of a layer, N novices."""
+"""From a folder to cut and packed layers, one after the other.
+
+E experts, C channels of a layer, N novices, H hidden.
+"""
 
 import logging
 from collections.abc import Iterable
@@ -11,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows, Origin
 from lightning_moe.models.conversion import to_channel_experts
-from lightning_moe.models.discovery import MoeLayer, expert_widths, model_shape, moe_layers
+from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
 from lightning_moe.models.folders import LayerFolder
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.models.selection import select_rows
@@ -21,7 +24,7 @@ from lightning_moe.quantization.linears import linears_to_pack, pack_linear
 from lightning_moe.quantization.nf4 import PackedRows, check_hidden_size, pack_experts
 from lightning_moe.quantization.rounding import check_finite
 from lightning_moe.records import PrunePlan
-from lightning_moe.surgery.cut import cut_layer
+from lightning_moe.surgery.cut import check_plan_fits, cut_layer
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +72,15 @@ def quantize_folder(
 
 
 def check_plan(folder: LayerFolder, *, plan: PrunePlan) -> None:
-    """Refuses a plan of another checkpoint; of the weights only the routers are read.
+    """Refuses a plan as `check_plan_fits` does; of the weights only the routers are read.
 
     Raises:
-        ValueError: names the first difference.
+        ValueError: names the first difference, or the layer.
     """
     names = [layer.router_name for layer in moe_layers(folder.model)]
     for name in names:
         folder.load(name)
-    plan.check_fits(model_shape(folder.model))
+    check_plan_fits(folder.model, plan=plan)
     for name in names:
         folder.release(name)
 

@@ -73,7 +73,7 @@ class LayerStructure:
                 raise ValueError(f"{values['name']}: `widths` must be a list of counts, got {origin['widths']!r}.")
             widths = tuple(origin["widths"])
             num_channels = sum(width for width in widths if isinstance(width, int))
-            what = f"{values['name']}: the mask of the kept channels"
+            what = f"{values['name']}: `kept`: the mask of the kept channels"
             kept_C = mask_from_hex(origin["kept"], num_channels=num_channels, what=what)
             values["origin"] = Origin(widths=widths, kept_C=kept_C, refitted=origin["refitted"])
         return cls(**values)
@@ -127,8 +127,8 @@ class ModelStructure:
         version = values.pop("version")
         if version != _VERSION:
             raise ValueError(
-                f"The structure is of version {version!r}, this lightning_moe reads {_VERSION}. Use the version that "
-                "wrote it."
+                f"The structure is of `version` {version!r:.60}, this lightning_moe reads {_VERSION}. Use the version "
+                "that wrote it."
             )
         for name in ("layers", "linears"):
             if not isinstance(values[name], list):

@@ -41,6 +41,11 @@ class ExactGlobal(PruningMethod):
 
     Raises:
         ValueError: a setting is out of range.
+
+    Examples:
+        >>> statistics = one_layer(widths=[2, 2], channel_ablation=[4, 1, 3, 2])
+        >>> ExactGlobal(align=1).plan(statistics, prune_ratio=0.5).keep[0].tolist()
+        [True, False, True, False]
     """
 
     criterion: str = "channel_ablation"

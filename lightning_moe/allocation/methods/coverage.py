@@ -49,6 +49,11 @@ class TBCoverage(ExpertMethod):
 
     Raises:
         ValueError: a setting is out of range.
+
+    Examples:
+        >>> statistics = one_layer(widths=[8, 8, 8, 8], weighted_norm=[1, 4, 3, 2])  # one corpus: its REAP
+        >>> TBCoverage(utility="reap").plan(statistics, prune_ratio=0.5).widths(0)
+        (0, 8, 8, 0)
     """
 
     utility: str = "reap"

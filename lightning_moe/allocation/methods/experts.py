@@ -37,6 +37,11 @@ class ExpertDropping(ExpertMethod):
 
     Raises:
         ValueError: an unknown criterion or scope, or a global ranking by norms of the hidden state.
+
+    Examples:
+        >>> statistics = one_layer(widths=[8, 8, 8, 8], count=[1, 4, 3, 2])
+        >>> ExpertDropping(criterion="frequency").plan(statistics, prune_ratio=0.5).widths(0)
+        (0, 8, 8, 0)
     """
 
     criterion: str = "reap"

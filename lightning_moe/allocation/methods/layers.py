@@ -44,6 +44,12 @@ class ChannelRanking(PruningMethod):
 
     Raises:
         ValueError: a setting is out of range.
+
+    Examples:
+        >>> statistics = one_layer(widths=[2, 2], gate_sq_norm=[9, 1, 4, 16])
+        >>> method = ChannelRanking(criterion="weight_norm", layers="uniform", align=1)
+        >>> method.plan(statistics, prune_ratio=0.5).keep[0].tolist()
+        [True, False, False, True]
     """
 
     criterion: str = "channel_ablation"

@@ -10,6 +10,9 @@ from lightning_moe.allocation.methods.coverage import ChannelCoverage, TBCoverag
 from lightning_moe.allocation.methods.experts import ExpertDropping, ExpertSparsity, RandomExperts
 from lightning_moe.allocation.methods.layers import ChannelRanking
 
+# Settings as a config gives them: plain values, never a class to be made.
+MethodArgs = dict[str, bool | int | float | str | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -65,6 +68,10 @@ def build_method(method: str | PruningMethod, **settings: Any) -> PruningMethod:
 
     Raises:
         ValueError: an unknown name or setting, settings beside an object, or something else.
+
+    Examples:
+        >>> build_method("frequency", scope="global").criterion
+        'frequency'
     """
     if isinstance(method, PruningMethod) and not settings:
         return method
