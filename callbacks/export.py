@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from callbacks._loaders import text_data
@@ -15,11 +16,13 @@ from lightning_moe.adapters.storage import AdapterDtype
 from lightning_moe.export.deploy import export_model
 from lightning_moe.export.formats import ExportFormat, check_formats, needs_adapters
 from lightning_moe.export.result import ExportResult
+from lightning_moe.locks import Lock
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.training.module import LanguageModelModule
 from lightning_moe.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
+_LOCK = ".run.lock"
 
 
 class ExportPruned(Callback):
@@ -48,13 +51,37 @@ class ExportPruned(Callback):
         self.dtype: DtypeName = dtype
         self.adapter_dtype: AdapterDtype = adapter_dtype
         self.results: list[ExportResult] = []
+        self._lock: Lock | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before training: formats of adapters need a `Recovery` earlier in the list, shards a module of ours."""
+        """Before training: formats of adapters need a `Recovery` earlier in the list, shards a module of ours.
+
+        From now on the folder is this run's: another one would replace its exports, or have its own replaced.
+        """
         check_gatherable(trainer, pl_module)
         if needs_adapters(self.formats):
             find_callback(trainer, Recovery, before=self)
+        if stage == "fit" and trainer.is_global_zero:
+            self._lock = _reserved(self.folder)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The folder is free again."""
+        self._release()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same after a failure."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.path.unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +92,6 @@ class ExportPruned(Callback):
             model, peft_model = gathered(trainer, pl_module)
         if model is None or not trainer.is_global_zero:
             return
-        data = text_data(trainer)
         self.results = export_model(
             model,
             peft_model=peft_model,
@@ -73,12 +99,30 @@ class ExportPruned(Callback):
             formats=self.formats,
             adapter_dtype=self.adapter_dtype,
             dtype=self.dtype,
-            tokenizer=None if data is None else data.tokenizer,
+            tokenizer=_tokenizer(trainer),
             source=_source(pl_module),
             plans=[plan for pruning in prunings(trainer) for plan in pruning.plans],
         )
         for result in self.results:
             log.info("Exported %s: %s", result.format, result.describe())
+
+
+def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase | None:
+    data = text_data(trainer)
+    return None if data is None else data.tokenizer
+
+
+def _reserved(folder: Path) -> Lock:
+    """The lock of a folder of exports."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Lock.take(folder / _LOCK)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"Another run is going to export to '{folder}'. Wait for it, or name another `folder`."
+        ) from error
+    except OSError as error:
+        raise ValueError(f"`folder` must be a folder that can be written to, got '{folder}': {error}.") from error
 
 
 def _source(pl_module: LightningModule) -> str | None:

@@ -14,6 +14,7 @@ from callbacks.channel_pruning import prunings
 from callbacks.export import ExportPruned
 from callbacks.router_monitor import RouterMonitor
 from lightning_moe.evaluation.stages import check_stage_name, evaluate_stage, save_stage
+from lightning_moe.export.result import ExportResult
 from lightning_moe.files import write_json
 from lightning_moe.reporting.report import write_report
 
@@ -55,22 +56,26 @@ class CompressionReport(Callback):
         seconds = time.perf_counter() - self._started
         export = find_callback(trainer, ExportPruned, before=self)
         for result in export.results:
-            stage = evaluate_stage(
-                self.name + _SUFFIXES.get(result.format, f"_{result.format}"),
-                folder=result.base,
-                adapter=result.adapter,
-                loaders=validation_loaders(trainer),
-                prune_ratio=self._ratio(trainer),
-                seconds=seconds,
-                device=trainer.strategy.root_device,
-            )
-            stage["steps"] = trainer.global_step
-            save_stage(self.folder, stage=stage)
-            log.info("%s: %.4f nats per token, %d bytes.", stage["name"], stage["nll"], stage["bytes"])
+            self._add_row(trainer, result, seconds=seconds)
         write_json(
             self.folder / "stages" / f"{self.name}.exports.json", [result.to_dict() for result in export.results]
         )
         self._write_page(trainer)
+
+    def _add_row(self, trainer: Trainer, result: ExportResult, *, seconds: float) -> None:
+        """Evaluates one exported folder and keeps its row."""
+        stage = evaluate_stage(
+            self.name + _SUFFIXES.get(result.format, f"_{result.format}"),
+            folder=result.base,
+            adapter=result.adapter,
+            loaders=validation_loaders(trainer),
+            prune_ratio=self._ratio(trainer),
+            seconds=seconds,
+            device=trainer.strategy.root_device,
+        )
+        stage["steps"] = trainer.global_step
+        save_stage(self.folder, stage=stage)
+        log.info("%s: %.4f nats per token, %d bytes.", stage["name"], stage["nll"], stage["bytes"])
 
     def _ratio(self, trainer: Trainer) -> float | None:
         """The ratio that was asked for; None, to be read off the folder, where this run cut nothing."""

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from inspect import getdoc
@@ -17,6 +18,9 @@ from typing_extensions import override
 
 import callbacks
 from lightning_moe.commands import COMMANDS
+from lightning_moe.commands._yaml import check_config_files, checked_configs
+from lightning_moe.failures import failure_of_machine
+from lightning_moe.signals import SIGNAL_CODE, Terminated, signals_raise
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.module import LanguageModelModule
 
@@ -31,8 +35,14 @@ _PARSER_CHATTER = (
     "Given value type:",
     "Given value: Namespace(",
 )
-_RESUMED = ("calibrate", "prune", "teach")
+_AGAIN = "the same command goes on where it stopped"
+_GOES_ON = dict.fromkeys(("calibrate", "prune", "teach"), _AGAIN) | {
+    "fit": "with a checkpoint (ModelCheckpoint), `--ckpt_path last` goes on from it"
+}
+_EXPECTED = (ArgumentError, ValueError, OSError, MisconfigurationException, RuntimeError, MemoryError, ImportError)
 _GIVEN_FLAG = re.compile(r"Given value: NestedArg\(key='.*', val=(.*)\)")
+# What torch puts before the message of an error in a worker: a traceback, to its last unindented line.
+_WORKER_TRACEBACK = re.compile(r"^Caught \w+ in DataLoader worker process \d+\..*\n[\w.]+: ", re.DOTALL)
 _TRAINING = {
     "fit": "Train: calibrate, prune, pack, recover, report and export, as the callbacks say.",
     "validate": "Loss and perplexity per validation corpus, through the Trainer.",
@@ -93,21 +103,37 @@ def main(arguments: list[str] | None = None) -> None:
     if name not in COMMANDS and name not in _TRAINING:
         _stop(f"unknown subcommand '{name}'. `{PROGRAM} --help` lists them.", code=2)
     try:
-        if name in COMMANDS:
-            run_command(name, arguments[1:])
-        else:
-            train(arguments)
-    except KeyboardInterrupt:
-        if os.environ.get(TRACEBACK_VARIABLE):
+        with signals_raise(), checked_configs(classes=name in _TRAINING):
+            check_config_files(arguments[1:], classes=name in _TRAINING)
+            if name in COMMANDS:
+                run_command(name, arguments[1:])
+            else:
+                train(arguments)
+    except (KeyboardInterrupt, Terminated, SystemExit, *_EXPECTED) as error:
+        told = _told(error, name=name)
+        if told is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        goes_on = "; the same command goes on where it stopped" if name in _RESUMED else ""
-        _stop(f"{name}: interrupted{goes_on}.", code=130)
-    except (ArgumentError, ValueError, OSError, MisconfigurationException, LinAlgError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        if isinstance(error, ArgumentError):
-            _stop(f"{name}: {one_line(error).rstrip('.')}. `{PROGRAM} {name} --help` lists the options.", code=2)
-        _stop(f"{name}: {one_line(error)}", code=1)
+        message, code = told
+        _stop(f"{name}: {message}", code=code)
+
+
+def _told(error: BaseException, *, name: str) -> tuple[str, int] | None:
+    """The line and the exit code for what ended a command; None of an error of the program itself."""
+    goes_on = f"; {_GOES_ON[name]}" if name in _GOES_ON else ""
+    # Lightning answers Ctrl-C with an exit of its own, without a word.
+    asked = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(asked, KeyboardInterrupt):
+        return f"interrupted{goes_on}.", SIGNAL_CODE + signal.SIGINT
+    if isinstance(error, Terminated):
+        return f"terminated{goes_on}.", SIGNAL_CODE + signal.SIGTERM
+    machine = failure_of_machine(error)
+    if machine is not None:
+        return machine, 1
+    if isinstance(error, ArgumentError):
+        return f"{one_line(error).rstrip('.')}. `{PROGRAM} {name} --help` lists the options.", 2
+    if isinstance(error, ValueError | OSError | MisconfigurationException | LinAlgError):
+        return one_line(error), 1
+    return None  # another RuntimeError or ImportError, or the parser's own exit
 
 
 def run_command(name: str, arguments: list[str]) -> None:
@@ -142,9 +168,10 @@ def train(arguments: list[str]) -> CompressionCLI:
     )
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What went wrong, without the parser's account of every type it tried."""
-    told = [_GIVEN_FLAG.sub(r"Got \1.", line.strip().removeprefix("- ")) for line in str(error).splitlines()]
+    text = _WORKER_TRACEBACK.sub("In a worker process of a data loader: ", str(error))
+    told = [_GIVEN_FLAG.sub(r"Got \1.", line.strip().removeprefix("- ")) for line in text.splitlines()]
     useful = [line for line in told if line and not line.startswith(_PARSER_CHATTER)]
     return " ".join(dict.fromkeys(useful)) or type(error).__name__
 

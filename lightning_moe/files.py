@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from lightning_moe.renaming import move_into_place, remove, remove_left, temporary_path
 
 # In the order in which a file has them; within a type, tensors are in the order of their names.
 _SAFETENSORS_TYPES = {
@@ -33,6 +32,7 @@ _SAFETENSORS_TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_LONGEST_MESSAGE = 300
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -72,42 +72,13 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    remove_left(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         move_into_place(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-
-
-def move_into_place(new: Path, path: Path) -> None:
-    """Renames a file or folder to `path`, on the same disk; a folder that is there is replaced as a whole.
-
-    Files get the permissions of any new file: safetensors makes its own readable by their owner alone.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in new.rglob("*") if new.is_dir() else [new]:
-        if file.is_file():
-            file.chmod(0o666 & ~mask)
-    if new.is_dir() and path.is_dir():
-        _swap_folders(new, path)
-    else:
-        os.replace(new, path)
-
-
-def _swap_folders(new: Path, path: Path) -> None:
-    """Puts the folder `new` in the place of the folder `path`; the old one is back where that fails."""
-    retired = new.with_suffix(".old")
-    os.replace(path, retired)
-    try:
-        os.replace(new, path)
-    except OSError:
-        os.replace(retired, path)
-        raise
-    shutil.rmtree(retired)
+        remove(temporary)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -127,8 +98,14 @@ def read_json(path: str | Path, *, what: str) -> Any:
         raise ValueError(f"There is no {what} at '{path}'.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"'{path}' is not a readable {what}: {error}. Write it again.") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits is a plain ValueError
+        raise ValueError(f"'{path}' is not a readable {what}: {one_line(error)}. Write it again.") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says of a file, in one line of at most 300 letters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}...").rstrip(".")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, Any]) -> None:
@@ -181,8 +158,8 @@ def open_tensors(path: str | Path, *, what: str) -> tuple[LazyTensors, dict[str,
         file = safe_open(str(path), framework="pt", backend="pread")
         metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         keys = list(file.keys())
-    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
-        raise ValueError(f"'{path}' is not a readable {what}: {error}. Write it again.") from error
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"'{path}' is not a readable {what}: {one_line(error)}. Write it again.") from error
     return LazyTensors({key: partial(_read_tensor, file, key, path=path) for key in keys}), metadata
 
 
@@ -190,7 +167,7 @@ def _read_tensor(file: Any, key: str, *, path: Path) -> Tensor:
     try:
         return file.get_tensor(key)
     except (SafetensorError, RuntimeError, OSError) as error:  # RuntimeError: a type of less than a byte
-        raise ValueError(f"'{path}' changed or is damaged: {key}: {error}. Write it again.") from error
+        raise ValueError(f"'{path}' changed or is damaged: {key}: {one_line(error)}. Write it again.") from error
 
 
 def read_tensors(path: str | Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -216,7 +193,9 @@ def read_shapes(path: str | Path, *, what: str) -> dict[str, tuple[int, ...]]:
         with safe_open(str(path), framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"'{path}' is not a readable {what}: {error}. Write or download it again.") from error
+        raise ValueError(
+            f"'{path}' is not a readable {what}: {one_line(error)}. Write or download it again."
+        ) from error
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:

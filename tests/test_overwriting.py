@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 from lightning_moe.assets import resolve_asset
 from lightning_moe.commands import _budgeting, _sizing, calibration, exporting, pruning
-from lightning_moe.commands._shared import check_apart, check_writable
+from lightning_moe.commands._shared import check_writable
+from lightning_moe.export.apart import check_apart
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The folder in which a long command keeps what it needs to go on after it was interrupted."""
 
-import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +8,15 @@ from typing import Any, Self
 
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.files import read_json, write_json
+from lightning_moe.locks import Lock
+from lightning_moe.renaming import remove
 
 _RUN = "run.json"
 _TEMPORARY = ".*.tmp"
 _LOCK = "run.lock"
 _ANOTHER = "Give another working folder (`workspace`)"
-# The locks of this process, by folder: file descriptors that stay open, since a lock goes with its file.
-_locks: dict[Path, int] = {}
+# The locks of this process, by folder.
+_locks: dict[Path, Lock] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Workspace:
         shutil.rmtree(self.path)
         lock = _locks.pop(self.path.absolute(), None)
         if lock is not None:
-            os.close(lock)
+            lock.release()
 
 
 def _prepare(path: Path, *, run: Mapping[str, str], another: str) -> None:
@@ -76,7 +76,7 @@ def _prepare(path: Path, *, run: Mapping[str, str], another: str) -> None:
             _check_same(path, run=run, another=another)
         _lock(path, another=another)
         for file in left:
-            file.unlink()
+            remove(file)
         write_json(path / _RUN, dict(run))
     except OSError as error:
         raise ValueError(f"The working folder must be one that can be written to, got '{path}': {error}.") from error
@@ -84,17 +84,12 @@ def _prepare(path: Path, *, run: Mapping[str, str], another: str) -> None:
 
 def _lock(path: Path, *, another: str) -> None:
     """Keeps other runs out until this process ends or removes the folder; the lock of a dead one is gone."""
-    if sys.platform == "win32" or path.absolute() in _locks:
+    if path.absolute() in _locks:
         return
-    import fcntl
-
-    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks[path.absolute()] = Lock.take(path / _LOCK)
     except BlockingIOError as error:
-        os.close(lock)
         raise ValueError(f"Another run is at work in '{path}'. Wait for it. {another} to run both.") from error
-    _locks[path.absolute()] = lock
 
 
 def _check_same(path: Path, *, run: Mapping[str, str], another: str) -> None:

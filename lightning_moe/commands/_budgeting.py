@@ -1,16 +1,19 @@
 """`plan` from statistics: which channels stay, by a ratio or a budget."""
 
+import json
 import logging
 from typing import Any
 
 from lightning_moe.allocation import build_method
 from lightning_moe.allocation.budgets import Budget, BudgetPlan, spend_budget
 from lightning_moe.allocation.meter import shown
+from lightning_moe.allocation.methods.presets import MethodArgs
 from lightning_moe.allocation.units import parse_bytes, parse_params
-from lightning_moe.commands._shared import check_apart, check_writable, files_of
+from lightning_moe.commands._shared import check_writable, files_of
+from lightning_moe.export.apart import check_apart
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.quantization.size import Bits, ModelSizes, read_sizes
-from lightning_moe.records import CalibrationStatistics
+from lightning_moe.records import CalibrationStatistics, PrunePlan
 from lightning_moe.reporting.table import Column, format_table
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ def plan_from_statistics(
     bits: Bits = 4,
     dtype: DtypeName = "auto",
     method: str = "exact_global",
-    method_args: dict[str, Any] | None = None,
+    method_args: MethodArgs | None = None,
     corpora: list[str] | None = None,
 ) -> None:
     """Writes a plan; the arguments are those of `plan`.
@@ -65,6 +68,22 @@ def plan_from_statistics(
     spent = spend_budget(chosen, measured, budget=wanted, sizes=sizes, corpora=corpora)
     spent.plan.save(out)
     log.info("%s\n%s\nPlan written to %s.", spent.plan.summary(), _table(spent, wanted, sizes=sizes), out)
+
+
+def noted_budget(plan: PrunePlan) -> dict[str, Any]:
+    """What a plan's provenance says of the budget that it was made for; nothing of one without.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    text = plan.provenance.get("budget", "{}")
+    try:
+        noted = json.loads(text)
+    except (ValueError, RecursionError):
+        noted = None
+    if not isinstance(noted, dict) or not isinstance(noted.get("asked", {}), dict):
+        raise ValueError(f"`budget` in the plan's provenance must be a mapping as JSON, got {text[:60]!r}. Plan again.")
+    return noted
 
 
 def _sizes(model: str, *, bits: Bits, dtype: DtypeName, needed: bool) -> ModelSizes | None:

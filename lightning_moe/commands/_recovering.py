@@ -1,6 +1,7 @@
 """Short recoveries within a comparison: DoRA on 4-bit rows, and on the unpruned model as their control."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from lightning_moe.training.module import RecoveryModule
 
 log = logging.getLogger(__name__)
 
+_SEEDS = 2**32
 _INHERITED = ("method", "settings", "ratio", "bits", "repair", "sample", "calibrations", "novices", "export")
 
 
@@ -51,6 +53,12 @@ class ShortRecovery:
         Raises:
             ValueError: with their names.
         """
+        for name in ("expert_learning_rate", "router_learning_rate", "attention_learning_rate"):
+            rate = vars(self)[name]
+            if not (math.isfinite(rate) and rate >= 0):
+                raise ValueError(f"`recovery.{name}` must be a finite number >= 0, got {rate}.")
+        if not 0 <= self.seed < _SEEDS:
+            raise ValueError(f"`recovery.seed` must be from 0 to {_SEEDS - 1}, got {self.seed}.")
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"`recovery.distillation` must be in [0, 1], got {self.distillation}.")
         if not self.rows or self.steps < 1:

@@ -77,34 +77,6 @@ def files_of(model: str | None) -> list[str]:
     return [] if folder is None else [str(file) for pattern in _MODEL_FILES for file in sorted(folder.glob(pattern))]
 
 
-def check_apart(
-    out: str | Path, *, inputs: Iterable[str | Path | None], name: str = "out", within: bool = True
-) -> None:
-    """Refuses to write over what is read, however it is spelled: with links, `..`, or a slash at the end.
-
-    Args:
-        out: file or folder that will be written or replaced as a whole.
-        inputs: what is read: files, folders, assets; names on the hub and None are left aside.
-        name: of the argument that gave `out`.
-        within: also refuse a place inside a folder that is read.
-
-    Raises:
-        ValueError: `out` is one of them, contains one, or is inside of one.
-    """
-    target = Path(os.path.realpath(Path(out).expanduser()))  # unlike resolve(), no error for links in a circle
-    for given in inputs:
-        path = None if given is None else Path(resolve_asset(str(given))).expanduser()
-        if path is None or not path.exists():
-            continue
-        source = Path(os.path.realpath(path))
-        inside = within and source.is_dir() and source in target.parents
-        if target == source or target in source.parents or inside:
-            where = "is" if target == source else "is inside" if inside else "contains"
-            raise ValueError(
-                f"`{name}` '{out}' {where} '{given}', which is read and would be overwritten. Name another place."
-            )
-
-
 def check_writable(out: str | Path, *, name: str = "out") -> None:
     """Refuses a file that cannot be written, before any work is done; nothing is made.
 

@@ -13,9 +13,11 @@ from lightning_moe.allocation.uniform import kept_width
 from lightning_moe.allocation.uniform_sizes import Sizes, UniformSizes
 from lightning_moe.allocation.units import format_bytes, format_params, parse_bytes
 from lightning_moe.commands._fit_training import TrainingQuestion
-from lightning_moe.commands._shared import check_apart, check_writable, files_of
+from lightning_moe.commands._shared import check_writable, files_of
+from lightning_moe.export.apart import check_apart
 from lightning_moe.files import read_json, write_json
-from lightning_moe.models.loading import DtypeName, check_values, clear_errors, config_errors, find_file, read_config
+from lightning_moe.models.loading import DtypeName, check_values, config_errors, read_config
+from lightning_moe.models.sources import clear_errors, find_file
 from lightning_moe.quantization.size import Bits, generation_bytes
 from lightning_moe.reporting.table import Column, format_table
 
@@ -253,6 +255,6 @@ def _read_file(source: str) -> PretrainedConfig:
     if not isinstance(content, dict) or "model_type" not in content:
         raise ValueError(f"'{source}' is no config.json of a model: it has no `model_type`.")
     with clear_errors(source), config_errors(source):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_values(config, source=source)
     return config

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_moe.evaluation.tasks import PlannedTask, evaluate_tasks, plan_tasks
 
+_SEEDS = 2**32  # what every random generator that tasks draw from takes
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest:
@@ -31,6 +33,8 @@ class TaskRequest:
     allow_code_execution: bool
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < _SEEDS:
+            raise ValueError(f"`seed` must be from 0 to {_SEEDS - 1}, got {self.seed}.")
         _ = self.planned
 
     @property

@@ -8,7 +8,6 @@ from lightning_moe.calibration.streamed import collect_streamed
 from lightning_moe.calibration.workspace import Workspace
 from lightning_moe.commands._shared import (
     Device,
-    check_apart,
     check_writable,
     files_of,
     load_on,
@@ -16,6 +15,7 @@ from lightning_moe.commands._shared import (
     resolve_device,
     working_folder,
 )
+from lightning_moe.export.apart import check_apart
 from lightning_moe.export.folders import open_folder
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.models.loading import DtypeName
@@ -44,7 +44,7 @@ def calibrate(
         model: Folder, `asset:small_moe` or hub name of the model: stock, cut, or packed to 4 bit.
         out: File to write (safetensors).
         data: The data module; its `calibration` corpora are used.
-        dtype: Type of the weights during the pass.
+        dtype: Type of the weights during the pass; `auto` is the stored one.
         moments: Also gather the [E, H] and [E, E] sums that some expert criteria want.
         gradients: Then also load the whole model and run backward through it, for the channel criteria `snip` and
             `taylor`: about twice the time again, not on 4-bit experts, and in one process.

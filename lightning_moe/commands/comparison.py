@@ -18,7 +18,6 @@ from lightning_moe.evaluation.compare import (
     check_names,
     needs_gradients,
 )
-from lightning_moe.evaluation.compare.digests import Loaders
 from lightning_moe.evaluation.compare.tables import write_comparison
 from lightning_moe.evaluation.matrix import Matrix
 from lightning_moe.files import write_atomically
@@ -76,7 +75,7 @@ def compare(
             repair, of the same ratio, bits and sample.
         keep_models: Leave the models in `<out>/models`; null: those of `stages`.
         reuse: Take rows that were made before.
-        dtype: Type of the weights while they are cut and evaluated.
+        dtype: Type of the weights while they are cut and evaluated; `auto` is the stored one.
         device: Where it runs; `auto` is the GPU if there is one.
     """
     alone = bool(matrix) and grid is None and not stages
@@ -94,12 +93,9 @@ def compare(
     measured = {} if asked is None else {"tasks": asked.scores(data.tokenizer), "task_settings": asked.decides}
     kept = specs if keep_models else (stages or []) if keep_models is None else []
 
-    def calibration(sample: int) -> Loaders:
-        return data.calibration_dataloaders(sample=sample)
-
     comparison = Comparison(
         source=model,
-        calibration=calibration,
+        calibration=lambda sample: data.calibration_dataloaders(sample=sample),
         measures=Measures(held_out=held_out(data), dtype=dtype, device=resolve_device(device), **measured),
         out=folder,
         statistics=given,

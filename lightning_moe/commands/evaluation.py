@@ -1,10 +1,11 @@
-"""The command `evaluate`."""
+"""The command `evaluate`.  N rows, S tokens in a row, T tokens of a text."""
 
 import logging
 from pathlib import Path
 
 import torch
 
+from lightning_moe.allocation.budget import check_prune_ratio
 from lightning_moe.assets import resolve_asset
 from lightning_moe.commands._shared import (
     Device,
@@ -20,7 +21,7 @@ from lightning_moe.evaluation.agreement import DenseReference
 from lightning_moe.evaluation.stages import Stage, check_stage_name, evaluate_stage, save_stage
 from lightning_moe.evaluation.tasks import tasks_table
 from lightning_moe.evaluation.windows import SlidingWindows
-from lightning_moe.models.loading import DtypeName
+from lightning_moe.models.loading import DtypeName, read_config
 from lightning_moe.training.data import TextDataModule
 
 log = logging.getLogger(__name__)
@@ -60,16 +61,19 @@ def evaluate(
         limit: Items of each task, drawn by `seed`; null: all.
         seed: Seed of the items and of few-shot examples.
         allow_code_execution: Tasks may run Python programs that the model wrote, with your rights.
-        dtype: Type of the unpacked weights.
+        dtype: Type of the unpacked weights; `auto` is the stored one.
         device: Where it runs; `auto` is the GPU if there is one.
     """
     check_stage_name(name)
+    if prune_ratio is not None:
+        check_prune_ratio(prune_ratio)
     scoring = None
     if tasks is not None:
         asked = TaskRequest(tasks=tasks, limit=limit, seed=seed, allow_code_execution=allow_code_execution)
         scoring = asked.scores(tokenizer_beside(model) or data.tokenizer)
     folder = results_folder(out)
     loaders = held_out(data) if stride is None else sliding(data, stride=stride)
+    data.check_vocabulary(vocab_size=int(read_config(model).get_text_config().vocab_size))
     dense = None
     if reference is not None:
         dense = DenseReference.measure(load_on(reference, dtype=dtype, device=device, any_family=True), loaders=loaders)

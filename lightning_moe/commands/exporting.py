@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_moe.adapters.storage import load_adapter
-from lightning_moe.commands._shared import check_apart, tokenizer_beside
+from lightning_moe.commands._shared import tokenizer_beside
 from lightning_moe.evaluation.stages import load_stages
+from lightning_moe.export.apart import check_apart
 from lightning_moe.export.deploy import export_model
 from lightning_moe.export.formats import ExportFormat, check_formats, check_targets
 from lightning_moe.export.hub import check_hub_name, push_folder
@@ -44,7 +45,7 @@ def export(
             `padded` (any widths, with zero channels; saves nothing; behind softmax routers every layer must keep as
             many experts), `stock` (an uncut one).
         adapter: Folder of the PEFT adapter of that model, for the first three.
-        dtype: Type of the unpacked weights.
+        dtype: Type of the unpacked weights; `auto` is the stored one.
         results: Folder of results of `evaluate`, whose table goes into the model card.
         push_to_hub: Where to upload the finished export, `owner/name`; one format only.
         private: Make that repository private, if it is new.

@@ -3,6 +3,7 @@
 from inspect import signature
 from typing import Any
 
+from lightning_moe.allocation.methods.presets import MethodArgs
 from lightning_moe.commands._budgeting import plan_from_statistics
 from lightning_moe.commands._sizing import answer_from_config
 from lightning_moe.models.loading import DtypeName
@@ -32,7 +33,7 @@ def plan(
     bits: Bits = 4,
     dtype: DtypeName = "auto",
     method: str = "exact_global",
-    method_args: dict[str, Any] | None = None,
+    method_args: MethodArgs | None = None,
     corpora: list[str] | None = None,
     config_json: str | None = None,
     ratio: float | None = None,
@@ -65,7 +66,10 @@ def plan(
         model: Folder, `asset:small_moe` or hub name of the calibrated model; only its `config.json` is read.
         bits: How `prune` will store it: 4 (`quantize: nf4`) or 16 (`quantize: none`).
         dtype: Type of the weights that stay unpacked, as for `prune`.
-        method: `exact_global` (ours), `paper_a`, `uniform`, `reap` or another preset.
+        method: `exact_global` or `channel_coverage` (ours), `paper_a`, `tb_coverage` (paper B); whole experts:
+            `random`, `frequency`, `router_weight`, `router_probability`, `reap`, `man`, `msan`, `mone`, `aimer`,
+            `expert_sparsity`; channels: `uniform`, `wanda`, `magnitude`, `camera`, `snip`, `taylor`, `u_shaped`,
+            `loss_proportional`.
         method_args: Settings of the method, for example `{align: 64}`.
         corpora: Corpora that count; all of the file if not given.
         config_json: A `config.json`, or a folder, asset or hub name that has one. Every expert keeps the same width.

@@ -1,11 +1,12 @@
 """The command `prune`."""
 
-import json
 from typing import Literal
 
 import torch
 
-from lightning_moe.commands._shared import Device, check_apart, processes, resolve_device
+from lightning_moe.commands._budgeting import noted_budget
+from lightning_moe.commands._shared import Device, processes, resolve_device
+from lightning_moe.export.apart import check_apart
 from lightning_moe.export.folders import open_folder
 from lightning_moe.export.huggingface import check_replaceable
 from lightning_moe.export.streaming import prune_folder
@@ -45,12 +46,12 @@ def prune(
         quantize: `nf4`, or `none` for a ragged folder in the model's own type.
         repair: Refit the down projections by least squares (a second calibration pass); `after_nf4` fits them to
             gate and up projections as 4 bit holds them, also where nothing is cut.
-        repair_memory_gb: Memory for the Gram matrices of a layer, which runs over the text several times where it does
+        repair_memory_gb: GiB for the Gram matrices of a layer, which runs over the text several times where they do
             not suffice; an eighth of a decoder layer if not given.
         novices: Statistics file of the model: experts that go as a whole leave their mean output there behind, and the
             router goes on choosing them (MoNE). Means over the corpora that the plan was made from. Nothing stays of
             them if not given, nor may it under a budget in bytes or stored parameters.
-        dtype: Type of the weights.
+        dtype: Type of the weights; `auto` is the stored one.
         device: Where the layer at hand is; `auto` is the GPU if there is one.
         workspace: Folder for the hidden states of the repair, removed at the end; `OUT.partial` if not given.
     """
@@ -87,7 +88,7 @@ def _check_memory(memory_gb: float | None) -> None:
 
 def _check_budget(plan: PrunePlan, *, model: str, packs: bool, dtype: DtypeName, novices: bool) -> None:
     """Refuses to write another folder than the one that the plan's budget was counted for."""
-    budget = json.loads(plan.provenance.get("budget", "{}"))
+    budget = noted_budget(plan)
     counted = [name for name in ("bytes", "stored_params") if name in budget.get("asked", {})]
     if novices and counted:
         raise ValueError(
@@ -99,7 +100,10 @@ def _check_budget(plan: PrunePlan, *, model: str, packs: bool, dtype: DtypeName,
     config, own = read_config(model), torch_dtype(dtype)
     packed = (config.to_dict().get("quantization_config") or {}).get("packed_experts", False)
     stored = own if isinstance(own, torch.dtype) else config.dtype or torch.float32
-    wanted, got = (budget["bits"], budget["dtype"]), (4 if packs or packed else 16, str(stored).removeprefix("torch."))
+    wanted, got = (
+        (budget["bits"], budget.get("dtype")),
+        (4 if packs or packed else 16, str(stored).removeprefix("torch.")),
+    )
     if wanted != got:
         raise ValueError(
             f"The plan's budget in bytes was counted in {wanted[0]} bit with other weights in {wanted[1]}, this would "

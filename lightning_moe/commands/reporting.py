@@ -9,6 +9,7 @@ from lightning_moe.evaluation.routing import RoutingTable
 from lightning_moe.evaluation.summary import summarise
 from lightning_moe.files import read_json, write_json
 from lightning_moe.records import CalibrationStatistics, PrunePlan
+from lightning_moe.reporting.checks import check_mapping, check_number, check_text
 from lightning_moe.reporting.report import write_report
 from lightning_moe.reporting.table import summary_table
 
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # What `calibrate` and `compare` call their files.
 _STATISTICS = ("statistics.safetensors", "statistics_0.safetensors")
+_MOST_ROWS = 100_000
+_OF_COMPARISON, _OF_MATRIX = ("name", "method"), ("method", "evaluation")
 
 
 def report(
@@ -35,8 +38,8 @@ def report(
         statistics_after: Statistics of the cut model on the same text, to compare routers and activations.
     """
     results = Path(folder)
-    rows = _read(results / "compare.json", what="comparison")
-    matrix = _read(results / "matrix.json", what="matrix")
+    rows = read_rows(results / "compare.json", what="comparison", needed=_OF_COMPARISON)
+    matrix = read_rows(results / "matrix.json", what="matrix", needed=_OF_MATRIX)
     summary = None
     if (rows is None and matrix is None) or (results / "stages").is_dir():
         summary = summarise(folder, control=control)
@@ -57,8 +60,24 @@ def report(
     log.info("Report: %s", page)
 
 
-def _read(file: Path, *, what: str) -> Any:
-    return read_json(file, what=what) if file.is_file() else None
+def read_rows(file: Path, *, what: str, needed: Sequence[str]) -> list[Mapping[str, Any]] | None:
+    """The rows of a file, which all have the texts that are needed; None where there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not file.is_file():
+        return None
+    rows = read_json(file, what=what)
+    if not isinstance(rows, list):
+        raise ValueError(f"'{file}' must be a list of rows, got {type(rows).__name__}. Run `compare` again.")
+    if not 0 < len(rows) <= _MOST_ROWS:
+        raise ValueError(f"'{file}' must have 1 to {_MOST_ROWS} rows, got {len(rows)}. Run `compare` again.")
+    for index, row in enumerate(rows):
+        where = f"Row {index} of '{file}'"
+        for key in needed:
+            check_text(check_mapping(row, where=where), key=key, where=where)
+    return rows
 
 
 def _load(file: str | Path | None) -> CalibrationStatistics | None:
@@ -78,7 +97,8 @@ def _plans(folder: Path, *, rows: Sequence[Mapping[str, Any]]) -> dict[str, Prun
     """Plans by name; first those of the best row at each ratio, then the others by name."""
     plans = {file.stem: PrunePlan.load(file) for file in sorted(folder.glob("plans/*.json"))}
     best: dict[float, str] = {}
-    for row in sorted((row for row in rows if row["name"] in plans), key=lambda row: row["nll"]):
+    measured = [row for row in rows if row["name"] in plans]
+    for row in sorted(measured, key=lambda row: check_number(row, key="nll", where=repr(row["name"]))):
         best.setdefault(plans[row["name"]].prune_ratio, row["name"])
     first = [best[ratio] for ratio in sorted(best) if ratio > 0]
     return {name: plans[name] for name in dict.fromkeys([*first, *plans])}
@@ -90,5 +110,8 @@ def _routing(folder: Path) -> dict[str, dict[str, list[float]]] | None:
     if file is None:
         return None
     content = read_json(file, what="record of the routers")
-    tables = {when: RoutingTable.from_dict(content[when]) for when in ("before", "after")}
+    tables = {
+        when: RoutingTable.from_dict(check_mapping(content, where=f"'{file}'").get(when), where=f"'{when}' of '{file}'")
+        for when in ("before", "after")
+    }
     return {f"{when} (step {table.step})": table.entropies() for when, table in tables.items()}

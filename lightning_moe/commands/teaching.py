@@ -35,11 +35,12 @@ def teach(
         k: Tokens kept of each position; the probability of all others is one number.
         quantize: `nf4` packs the teacher as it is loaded; `none` takes it as it is stored.
         log_prob_dtype: Stored type of the log-probabilities.
-        dtype: Type of the teacher's unpacked weights.
+        dtype: Type of the teacher's unpacked weights; `auto` is the stored one.
         device: Where it runs; `auto` is the GPU if there is one.
     """
     rows = data.rows("train")
     vocab_size = int(read_config(model).get_text_config().vocab_size)
+    data.check_vocabulary(vocab_size=vocab_size)
     manifest = make_manifest(
         rows, teacher=model, quantize=quantize, vocab_size=vocab_size, k=k, log_prob_dtype=log_prob_dtype
     )

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_moe.adapters.storage import AdapterDtype
+from lightning_moe.export.apart import check_apart
 from lightning_moe.export.formats import ExportFormat, check_formats, check_targets, needs_adapters
 from lightning_moe.export.manifest import THROUGH_4_BIT, Manifest, write_manifest
 from lightning_moe.export.model_card import Rows, carry_card, write_card
@@ -56,19 +57,23 @@ def export_model(
 
     Raises:
         ValueError: a format asks for adapters and there are none, `stock` for a cut model, `uniform` or
-            `expert_dropped` for one that such a checkpoint does not hold, something other than a model would be
-            replaced, the disk does not take it, or a reload does not reproduce the logits or has other tensors than
-            engines look for: that one stays in `NAME.unfinished/NAME`, and an older export `NAME` as it was.
+            `expert_dropped` for one that such a checkpoint does not hold, something other than a model or the source
+            would be replaced, another process is writing there, the disk does not take it, or a reload does not
+            reproduce the logits or has other tensors than engines look for: that one stays in `NAME.unfinished/NAME`,
+            and an older export `NAME` as it was.
     """
     wanted = needs_adapters(check_formats(formats))
     if wanted and peft_model is None:
         raise ValueError(f"Export format '{wanted[0]}' needs adapters and the model has none. Use `ragged` or `nf4`.")
     check_targets(folder, formats=check_formats(formats))
+    read = source or model.name_or_path or None
+    for name in check_formats(formats):
+        check_apart(Path(folder) / name, inputs=[read], name="folder", within=False)
     Path(folder).mkdir(parents=True, exist_ok=True)
     stored = model.dtype if dtype == "auto" else getattr(torch, dtype)
     writer = Writer(model=model, peft_model=peft_model, adapter_dtype=adapter_dtype, stored=stored)
     description = _Description(
-        source=source or model.name_or_path or "a model in memory",
+        source=read or "a model in memory",
         plans=tuple(plans),
         tokenizer=tokenizer,
         results=results,

@@ -19,9 +19,10 @@ from lightning_moe.export.model_card import carry_card, write_card
 from lightning_moe.export.outline import stored_tensors, write_configs
 from lightning_moe.export.shards import ShardedWriter
 from lightning_moe.export.uniform import is_cut
-from lightning_moe.files import digest_of_tensors, folder_bytes, move_into_place, read_json, write_json
+from lightning_moe.files import digest_of_tensors, folder_bytes, read_json, write_json
 from lightning_moe.quantization.footprint import measure_footprint
 from lightning_moe.quantization.stored import StoredTensor
+from lightning_moe.renaming import bring_back, move_into_place
 from lightning_moe.surgery.folder_cut import FolderCut
 from lightning_moe.surgery.repair import LayerErrors, repair_table
 
@@ -75,14 +76,17 @@ class PartialFolder:
         Raises:
             ValueError: the disk is too small, or an interrupted run had other settings.
         """
+        told = ""
         with self.processes.together():
             if self.processes.rank == 0:
-                self._check_disk(peak_bytes=peak_bytes, workspace=workspace, buffer_bytes=buffer_bytes)
+                told = self._check_disk(peak_bytes=peak_bytes, workspace=workspace, buffer_bytes=buffer_bytes)
         run = self._description(repair=repair, text=text)
         for path in dict.fromkeys([self.path, workspace]):
             another = {"another": "Name another `out`"} if path == self.path else {}
             Workspace.open(path, run=run, processes=self.processes, **another)
         if self.processes.rank == 0:
+            log.info("%s", told)
+            bring_back(self.writer.folder, self.out)
             self.writer.folder.mkdir(exist_ok=True)
             for left in self.writer.folder.glob(".*"):
                 left.unlink()
@@ -106,23 +110,17 @@ class PartialFolder:
             "software": ", ".join(f"{name} {version(name)}" for name in packages),
         }
 
-    def _check_disk(self, *, peak_bytes: int, workspace: Path, buffer_bytes: int) -> None:
+    def _check_disk(self, *, peak_bytes: int, workspace: Path, buffer_bytes: int) -> str:
+        """What the job will take, in words."""
         done = [path.stat().st_size for path in self.writer.folder.glob("*.safetensors")]
         total = bytes_to_write(self.cut.folder, stored=self.stored)
         missing = max(0, total - sum(done))
         free = check_room(out=self.out, num_bytes=missing, workspace=workspace, buffer_bytes=buffer_bytes)
-        log.info(
-            "Writing '%s' layer by layer: expected peak memory %.3g GB beside interpreter and libraries; %.3g GB in "
-            "%d shards to '%s' (%d are there), hidden states of %.3g GB in '%s'; %.3g GB free.",
-            self.cut.folder.source,
-            peak_bytes / _GB,
-            total / _GB,
-            self.writer.num_shards,
-            self.out,
-            len(done),
-            buffer_bytes / _GB,
-            workspace,
-            free / _GB,
+        return (
+            f"Writing '{self.cut.folder.source}' layer by layer: expected peak memory {peak_bytes / _GB:.3g} GB beside "
+            f"interpreter and libraries; {total / _GB:.3g} GB in {self.writer.num_shards} shards to '{self.out}' "
+            f"({len(done)} are there), hidden states of {buffer_bytes / _GB:.3g} GB in '{workspace}'; "
+            f"{free / _GB:.3g} GB free."
         )
 
     def keep_repair(self, index: int, found: LayerErrors) -> None:

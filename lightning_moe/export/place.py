@@ -1,8 +1,8 @@
 """Where an export is made: beside its final name, which it gets by one rename when it is whole and compared."""
 
-import os
 import shutil
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,9 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lightning_moe.files import move_into_place
+from lightning_moe.locks import Lock
+from lightning_moe.renaming import bring_back, move_into_place, remove
 
 _SUFFIX = ".unfinished"
+_LOCK = ".lock"
 
 
 class NotReproducedError(ValueError):
@@ -20,44 +22,69 @@ class NotReproducedError(ValueError):
 
 
 @contextmanager
-def made_beside(target: Path) -> Iterator[Path]:
+def made_beside(target: Path, *, goes_on: bool = False) -> Iterator[Path]:
     """Gives `NAME.unfinished/NAME` beside the target `NAME`; renames it to the target when the block ends well.
 
     Until then nothing of the target changes. What a killed run left in `NAME.unfinished` is removed first; what this
     one leaves there when it fails is removed too, but for an export that does not reproduce the model.
 
+    Args:
+        target: the final name.
+        goes_on: keep the shards of an interrupted run, in `NAME.unfinished/NAME.partial`, for the next one.
+
     Raises:
-        ValueError: `NAME.unfinished` holds something else; or the disk does not take the export.
+        ValueError: `NAME.unfinished` holds something else, or another process is at work there; or the disk does not
+            take the export.
     """
     work = target.with_name(target.name + _SUFFIX)
-    _clear(work, target=target)
-    work.mkdir(parents=True)
-    inspected = False
-    try:
-        with disk_errors(target):
+    kept = {f"{target.name}.partial"} if goes_on else set[str]()
+    with disk_errors(target), _locked(work, target=target):
+        _clear(work, target=target, kept=kept)
+        inspected = False
+        try:
             yield work / target.name
             move_into_place(work / target.name, target)
-    except NotReproducedError:
-        inspected = True
-        raise
+        except NotReproducedError:
+            inspected = True
+            raise
+        finally:
+            if not inspected:
+                _sweep(work, kept=kept)
+
+
+@contextmanager
+def _locked(work: Path, *, target: Path) -> Iterator[None]:
+    """The folder is there, and of this process alone; at the end it goes if nothing but the lock is in it."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = Lock.take(work / _LOCK)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"Another run is writing the export '{target}'. Wait for it, or name another folder."
+        ) from error
+    try:
+        yield
     finally:
-        if not inspected:
+        if {file.name for file in work.iterdir()} == {_LOCK}:
             shutil.rmtree(work)
+        lock.release()
 
 
-def _clear(work: Path, *, target: Path) -> None:
+def _clear(work: Path, *, target: Path, kept: AbstractSet[str]) -> None:
     """Removes what a killed run left; an older export that was on its way out when it was killed comes back."""
-    if not work.is_dir():
-        return
-    retired = work / f"{target.name}.old"
     strange = [file.name for file in work.iterdir() if not file.name.startswith((".", target.name, "tmp"))]
     if strange:
         raise ValueError(
             f"'{work}' is where an export is made, and it holds '{min(strange)}', which no export left there. Move it."
         )
-    if retired.is_dir() and not target.exists():
-        os.replace(retired, target)
-    shutil.rmtree(work)
+    bring_back(work / target.name, target)
+    _sweep(work, kept=kept)
+
+
+def _sweep(work: Path, *, kept: AbstractSet[str]) -> None:
+    for file in list(work.iterdir()):
+        if file.name not in {_LOCK, *kept}:
+            remove(file)
 
 
 @contextmanager

@@ -8,16 +8,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lightning_moe.export.apart import check_apart
 from lightning_moe.export.comparing import Comparison, Probe
 from lightning_moe.export.folders import open_folder
+from lightning_moe.export.huggingface import check_replaceable
 from lightning_moe.export.manifest import write_manifest
-from lightning_moe.export.model_card import Rows, told_of_card, write_card
+from lightning_moe.export.model_card import Rows, carry_card, write_card
+from lightning_moe.export.place import NotReproducedError, made_beside
 from lightning_moe.export.result import ExportResult
 from lightning_moe.export.streaming import prune_folder
 from lightning_moe.files import folder_bytes
 from lightning_moe.machine import available_memory
 from lightning_moe.models.folders import LayerFolder
-from lightning_moe.models.loading import DtypeName, load_model, open_source
+from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.models.sources import open_source
 from lightning_moe.models.stored_tensors import LazyTensor, Part
 from lightning_moe.progress import hidden
 from lightning_moe.surgery.folder_cut import FolderCut
@@ -58,20 +62,25 @@ def export_streamed(
         ValueError: see `prune_folder`; or what is stored is not the packed source.
     """
     target, opened = Path(folder) / "nf4", open_folder(source, dtype=dtype)
+    check_apart(target, inputs=[source], name="folder", within=False)
+    check_replaceable(target)
     beside = None if tokenizer is None else tokenizer.save_pretrained
-    prune_folder(opened, plan=None, out=target, quantize=True, progress=progress, beside=beside)
-    check_packed(FolderCut(folder=opened, plan=None, quantize=True, novices=None, device="cpu"), folder=target)
-    comparison = _compare_logits(source, dtype=dtype, folder=target)
-    notes = (_told(comparison, part_bytes=_largest_part(opened), packed_bytes=folder_bytes(target)),)
-    manifest = write_manifest(
-        target,
-        format="nf4",
-        source=source,
-        model=open_folder(str(target)).model,
-        dropped=opened.dropped,
-        max_logit_diff=None if comparison is None else comparison.max_logit_diff,
-    )
-    write_card(target, manifest=manifest, results=results, notes=notes)
+    with made_beside(target, goes_on=True) as made:
+        prune_folder(opened, plan=None, out=made, quantize=True, progress=progress, beside=beside)
+        cut = FolderCut(folder=opened, plan=None, quantize=True, novices=None, device="cpu")
+        check_packed(cut, folder=made, progress=progress)
+        comparison = _compare_logits(source, dtype=dtype, folder=made)
+        notes = (_told(comparison, part_bytes=_largest_part(opened), packed_bytes=folder_bytes(made)),)
+        manifest = write_manifest(
+            made,
+            format="nf4",
+            source=source,
+            model=open_folder(str(made)).model,
+            dropped=opened.dropped,
+            max_logit_diff=None if comparison is None else comparison.max_logit_diff,
+        )
+        kept = carry_card(target, made)
+        write_card(made, manifest=manifest, results=results, notes=notes)
     return ExportResult(
         format="nf4",
         base=str(target),
@@ -80,7 +89,7 @@ def export_streamed(
         max_logit_diff=None if comparison is None else comparison.max_logit_diff,
         median_logit_diff=None if comparison is None else comparison.median_logit_diff,
         rerouted=None if comparison is None else comparison.rerouted,
-        notes=(*notes, *told_of_card(target)),
+        notes=(*notes, *kept),
     )
 
 
@@ -93,7 +102,7 @@ def check_packed(cut: FolderCut, *, folder: Path, progress: bool = True) -> None
     """Compares the tensors of a folder with those that a cut of its source gives, one decoder layer at a time.
 
     Raises:
-        ValueError: one is missing, is too many, or differs in a bit; the message names it.
+        NotReproducedError: one is missing, is too many, or differs in a bit; the message names it.
     """
     stored, _ = open_source(str(folder))
     unknown, total = set(stored), len(cut.folder.decoder_names) + 1
@@ -102,12 +111,12 @@ def check_packed(cut: FolderCut, *, folder: Path, progress: bool = True) -> None
             for name, tensor in tensors.items():
                 unknown.discard(name)
                 if name not in stored or not _same(tensor, stored[name]):
-                    raise ValueError(
+                    raise NotReproducedError(
                         f"The export '{folder}' does not reproduce the model: '{name}' differs from the packed source. "
                         "It is left there for inspection; do not ship it."
                     )
     if unknown:
-        raise ValueError(
+        raise NotReproducedError(
             f"The export '{folder}' does not reproduce the model: '{min(unknown)}' is no tensor of it. It is left "
             "there for inspection; do not ship it."
         )

@@ -1,4 +1,7 @@
-"""Prune, repair and pack a checkpoint that need not fit in memory: one pass from a folder to a sharded folder."""
+"""Prune, repair and pack a checkpoint that need not fit in memory: one pass from a folder to a sharded folder.
+
+C channels of a layer.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from lightning_moe.calibration.layer_walk import DecoderStep, LayerWalk
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.calibration.text import Batch
 from lightning_moe.calibration.workspace import Workspace
+from lightning_moe.export.apart import check_apart
 from lightning_moe.export.costs import peak_without_repair, repair_costs
 from lightning_moe.export.huggingface import check_replaceable
 from lightning_moe.export.manifest import read_manifest
@@ -77,11 +81,12 @@ def prune_folder(
         beside: writes other files into the folder (a tokenizer's) before it takes its name.
 
     Raises:
-        ValueError: the plan was made for another checkpoint, novices for another plan, the model cannot be packed, a
-            repair has no text or is one after NF4 without NF4, the disk is too small, an interrupted run had other
-            settings, or a file cannot be read or written.
+        ValueError: `out` is the checkpoint itself or lies around it, the plan was made for another checkpoint, novices
+            for another plan, the model cannot be packed, a repair has no text or is one after NF4 without NF4, the disk
+            is too small, an interrupted run had other settings, or a file cannot be read or written.
     """
     out = Path(out)
+    check_apart(out, inputs=[folder.source])
     check_replaceable(out)
     wanted = _checked_repair(plan, repair=repair, quantize=quantize)
     if wanted and not loaders:

@@ -1,0 +1,154 @@
+"""One command of lightning_moe in a process of its own, forked so that the libraries are imported once."""
+
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from lightning_moe import cli
+
+_STEP_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a process ended.
+
+    Args:
+        code: its exit status; negative: the signal that ended it.
+        output: what it wrote to standard output and standard error, as it came.
+        timed_out: it was ended because it took too long.
+    """
+
+    code: int
+    output: str
+    timed_out: bool = False
+
+    @property
+    def last_line(self) -> str:
+        """The last line that it wrote."""
+        lines = [line.strip() for line in self.output.replace("\r", "\n").splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A process that was started by `start`."""
+
+    pid: int
+    reader: int
+    output: bytes = b""
+    began: float = 0.0
+
+    def end(self, *, signals: Sequence[tuple[float, int]] = (), limit_s: float = 120.0) -> Ended:
+        """Waits for the end, and ends what the process has started.
+
+        Args:
+            signals: seconds after the start, and the signal that is sent then, the earliest first.
+            limit_s: after so many seconds it is killed.
+        """
+        due, timed_out, status = list(signals), False, None
+        while status is None:
+            passed = time.monotonic() - self.began
+            if due and passed >= due[0][0]:
+                os.kill(self.pid, due.pop(0)[1])
+            if passed > limit_s and not timed_out:
+                timed_out = True
+                os.killpg(self.pid, signal.SIGKILL)
+            self._read(_STEP_S)
+            done, found = os.waitpid(self.pid, os.WNOHANG)
+            status = found if done else None
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # workers that it left behind
+        while self._read(_STEP_S):
+            pass
+        os.close(self.reader)
+        text = self.output.decode("utf-8", errors="replace")
+        return Ended(code=os.waitstatus_to_exitcode(status), output=text, timed_out=timed_out)
+
+    def _read(self, wait_s: float) -> bool:
+        """Whether there was something to read."""
+        ready, _, _ = select.select([self.reader], [], [], wait_s)
+        found = os.read(self.reader, 2**16) if ready else b""
+        if ready and not found:
+            time.sleep(wait_s)
+        self.output += found
+        return bool(found)
+
+
+def start(arguments: Sequence[str], *, folder: Path, child: Callable[[], None] | None = None) -> Running:
+    """`python -m lightning_moe ARGUMENTS` with `folder` as its working directory.
+
+    Args:
+        arguments: subcommand and options.
+        folder: working directory.
+        child: called in the new process before the command begins: sets limits, breaks things.
+    """
+    return start_function(lambda: cli.main(list(arguments)), folder=folder, child=child)
+
+
+def start_function(function: Callable[[], None], *, folder: Path, child: Callable[[], None] | None = None) -> Running:
+    """A function in a process of its own, its output in a pipe: no file that a full disk would touch."""
+    reader, writer = os.pipe()
+    began = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _run(function, folder=folder, writer=writer, child=child)
+    os.close(writer)
+    return Running(pid=pid, reader=reader, began=began)
+
+
+def command(
+    arguments: Sequence[str],
+    *,
+    folder: Path,
+    child: Callable[[], None] | None = None,
+    signals: Sequence[tuple[float, int]] = (),
+    limit_s: float = 120.0,
+) -> Ended:
+    """Runs one command to its end, see `start` and `Running.end`."""
+    return start(arguments, folder=folder, child=child).end(signals=signals, limit_s=limit_s)
+
+
+def _run(function: Callable[[], None], *, folder: Path, writer: int, child: Callable[[], None] | None) -> NoReturn:
+    """The life of a child: it never returns into the campaign."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (writer, 1), (writer, 2)):
+        os.dup2(source, target)
+    os.close(writer)
+    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+    os.chdir(folder)
+
+    def begin() -> None:
+        if child is not None:
+            child()
+        function()
+
+    os._exit(exit_code(begin))
+
+
+def exit_code(function: Callable[[], None]) -> int:
+    """Runs a function as the interpreter runs a program: its exit code, after what there is to say was said."""
+    code = 1
+    try:
+        function()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")
+    except BaseException:  # what the interpreter would print
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code & 0xFF
