@@ -1,10 +1,12 @@
 """ChannelPruning: decide and cut, once before training or at configured steps of it."""
 
+import logging
 from numbers import Real
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from callbacks._pruning import Pruning, prunings
@@ -19,6 +21,8 @@ from lightning_moe.surgery.cut import apply_plan
 from lightning_moe.surgery.feasibility import remaining_ratio, unpruned_shape
 from lightning_moe.surgery.repair import plan_repair
 from lightning_moe.surgery.schedule import GradualSchedule
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ChannelPruning", "prunings"]
 
@@ -41,8 +45,9 @@ class ChannelPruning(Pruning):
         method: `exact_global`, `channel_coverage` (ours), `paper_a`, `tb_coverage` (paper B), `uniform`, `wanda`,
             `reap`, or another preset of `lightning_moe.allocation.PRESETS`.
         method_args: Settings of the method, for example `{align: 64}`.
-        repair: Refit the down projections by least squares (a second calibration pass). One-shot only.
-        repair_memory_gb: Memory for the Gram matrices of the repair; more passes where it does not suffice.
+        repair: Refit the down projections by least squares (a second calibration pass), for a cut before training; the
+            cuts of a schedule are made without.
+        repair_memory_gb: GiB for the Gram matrices of the repair; more passes where they do not suffice.
         save_plan: Where the plan is written (of a schedule, the last one).
     """
 
@@ -82,6 +87,15 @@ class ChannelPruning(Pruning):
     @override
     def _told_apart_by(self) -> dict[str, Any]:
         return super()._told_apart_by() | {"plan": self.plan_file}
+
+    @override
+    def _prepare(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        super()._prepare(trainer, model)
+        if self.repair:
+            log.info(
+                "The cuts of the schedule are made without a repair, which `repair: true` is for a cut before training "
+                "only: training follows each of them."
+            )
 
     @override
     def cut_before_training(self, trainer: Trainer, pl_module: LightningModule) -> PrunePlan:

@@ -289,3 +289,11 @@ def test_the_command_line_reads_a_list_and_a_curve(monkeypatch, group):
     assert parsed("[[100, 0.25], [200, 0.5]]") == ((100, 0.25), (200, 0.5))
     curve = parsed("{shape: cubic, begin: 100, end: 1000, num_cuts: 5, prune_ratio: 0.5}")
     assert [step for step, _ in curve] == [280, 460, 640, 820, 1000]
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_a_schedule_says_that_its_cuts_are_not_repaired(caplog, repair):
+    caplog.set_level(logging.INFO, logger="callbacks")
+    fit(ForeignModule(), [ExpertCalibration(num_batches=1), pruning(repair=repair)])
+    said = "cuts of the schedule are made without a repair, which `repair: true` is for a cut before training only"
+    assert (said in caplog.text) is repair

@@ -161,7 +161,7 @@ def test_what_is_refused(tmp_path):
         ValueError, match=r"No recovery run fits 8\.000 GB: expert rank 2 on the topmost MoE layer alone"
     ):
         ask("8GB", tmp_path, prune_ratio=0.25)
-    with pytest.raises(ValueError, match="`sequence_length` must be a whole number >= 1, got 0"):
+    with pytest.raises(ValueError, match="`sequence_length` must be a whole number from 1 to 16,777,216, got 0"):
         RecoveryRun(sequence_length=0)
     with pytest.raises(ValueError, match="`optimizer` must be one of"):
         RecoveryRun(optimizer="sgd")

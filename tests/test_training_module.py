@@ -290,5 +290,5 @@ def test_the_load_balancing_loss_is_added_and_logged(folder, kind):
 
 
 def test_the_coefficient_of_the_load_balancing_loss_is_checked(folder):
-    with pytest.raises(ValueError, match=r"`router_loss` is the coefficient of a loss, 0 or more, got -0.1"):
+    with pytest.raises(ValueError, match=r"`router_loss` must be a finite number, 0 or more, got -0.1"):
         LanguageModelModule(source=str(folder / "model"), router_loss=-0.1)

@@ -1,6 +1,7 @@
 """Calibration: one ordinary forward pass over text gives every statistic (method, section 1).
 
-B sequences, S tokens of one, T = B*S tokens, K experts per token, E experts, H hidden.
+B sequences, S tokens of one, T = B*S tokens, K experts per token, E experts, H hidden,
+X any of these.
 """
 
 import logging
@@ -13,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_moe.calibration.measure import CountedTokens, LayerMeasurement, OutputBuffer, router_sums, weight_norms
+from lightning_moe.calibration.nonfinite import NonFiniteError, nonfinite_place
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
 from lightning_moe.calibration.processes import ALONE, Processes, reduce_sums
-from lightning_moe.calibration.text import Batch, TextReader
+from lightning_moe.calibration.text import Batch, TextReader, vocab_size
+from lightning_moe.calibration.unseen import report_unseen
 from lightning_moe.models.discovery import MoeLayer, model_shape, moe_layers
 from lightning_moe.records import CalibrationStatistics
 
@@ -87,7 +90,7 @@ class CalibrationCollector(LayerObserver):
 
         Raises:
             ValueError: used outside the collector's context, a mask of another form, the model was not run, or the
-                activations of a layer hold NaN or infinity (the message names layer, corpus and batch).
+                activations of a layer hold NaN or infinity (the message names layer, expert, corpus and batch).
         """
         self._check_batch(corpus, attention_mask)
         self._corpus, self._mask, self._tokens, self._finite = corpus, attention_mask, None, []
@@ -148,7 +151,7 @@ class CalibrationCollector(LayerObserver):
         self._add(layer, router_sums(tokens.select(logits_TE), score=layer.family.score))
 
     def run_experts(self, layer: MoeLayer, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Computes the experts and keeps what the end of the layer needs."""
+        """The experts' output `[T, H]`; keeps what the end of the layer needs."""
         tokens = self._counted_tokens(layer, hidden_TH)
         self._current = LayerMeasurement(layer.experts, tokens=tokens, outputs=self._outputs)
         return self._current.run(hidden_TH, index_TK, weights_TK)
@@ -207,10 +210,13 @@ class CalibrationCollector(LayerObserver):
         finite = torch.stack([flag.to(device) for _, flag in self._finite]).tolist()
         broken = [position for (position, _), flag in zip(self._finite, finite, strict=True) if not flag]
         if broken:
-            raise ValueError(
-                f"{self.layers[min(broken)].name}: NaN or infinity in batch {number} of corpus '{corpus}'. "
+            layer = self.layers[min(broken)]
+            place = nonfinite_place(layer, self._sums[corpus][min(broken)])
+            message = (
+                f"{layer.name}: NaN or infinity in batch {number} of corpus '{corpus}', first in {place}. "
                 "Calibrate in bfloat16 or float32, and look at the weights."
             )
+            raise NonFiniteError(message, layer=layer.name, place=place)
 
 
 def _shapes(layers: Sequence[Mapping[str, Tensor]]) -> list[dict[str, torch.Size]]:
@@ -242,10 +248,14 @@ def collect_statistics(
     Raises:
         ValueError: no corpus, an empty loader, a corpus of padding only, NaN or infinity in a layer.
     """
-    if not loaders:
-        raise ValueError("Calibration needs at least one corpus, got none.")
     decoder = model.get_decoder()
-    reader = TextReader(loaders, device=device or model.device, progress=progress, processes=processes)
+    reader = TextReader(
+        loaders,
+        device=device or model.device,
+        progress=progress,
+        processes=processes,
+        vocab_size=vocab_size(model),
+    )
     with CalibrationCollector(model, moments=moments) as collector:
         with processes.together():
             for corpus, inputs in reader:
@@ -253,4 +263,7 @@ def collect_statistics(
                     decoder(**inputs, use_cache=False)
         reader.check_not_empty()
         collector.reduce(processes)
-        return collector.statistics()
+        statistics = collector.statistics()
+    if processes.rank == 0:
+        report_unseen(statistics)
+    return statistics

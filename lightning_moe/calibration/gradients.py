@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_moe.calibration.observer import LayerObserver, evaluating, observed
 from lightning_moe.calibration.routed import effective_matrices, sum_dtype
-from lightning_moe.calibration.text import Batch, TextReader
+from lightning_moe.calibration.text import Batch, TextReader, vocab_size
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
 
@@ -48,11 +48,11 @@ def collect_gradients(
     Raises:
         ValueError: experts packed to 4 bit, no corpus, an empty one, or one of padding only.
     """
-    if not loaders:
-        raise ValueError("Gradients need at least one corpus, got none.")
     layers = moe_layers(model)
     check_unpacked(layers)
-    reader = TextReader(loaders, device=model.device, progress=progress, title="Gradients")
+    reader = TextReader(
+        loaders, device=model.device, progress=progress, title="Gradients", vocab_size=vocab_size(model)
+    )
     observer = _GradientObserver(layers)
     with evaluating(model), observed(layers, observer=observer), _differentiable_inputs(model):
         for corpus, inputs in reader:

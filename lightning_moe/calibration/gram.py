@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lightning_moe.calibration.collector import Batch, TextReader
 from lightning_moe.calibration.gram_sums import (
     HIDDEN_CHANNELS,
     GramColumns,
@@ -26,6 +25,7 @@ from lightning_moe.calibration.memory import give_back_freed
 from lightning_moe.calibration.observer import evaluating, observed
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.calibration.routed import sum_dtype
+from lightning_moe.calibration.text import Batch, TextReader, vocab_size
 from lightning_moe.models.discovery import MoeLayer, expert_widths, moe_layers
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def iterate_grams(
             those of several processes differ from one's in the last digits.
 
     Raises:
-        ValueError: one expert alone needs more than `memory_gb`, or a corpus is empty or only padding.
+        ValueError: one expert alone needs more than `memory_gb`, a corpus is empty, only padding, or can be read once
+            only and several passes are needed, or activations hold NaN or infinity.
     """
     layers, dtype = moe_layers(model), sum_dtype(model.dtype)
     parts = [
@@ -88,11 +89,20 @@ def iterate_grams(
         )
     ]
     decoder, config = model.get_decoder(), model.config.get_text_config()
-    for group in _plan_passes(parts, memory_gb=memory_gb, dtype=dtype):
+    groups = _plan_passes(parts, memory_gb=memory_gb, dtype=dtype)
+    _check_repeatable(loaders, num_passes=len(groups))
+    for group in groups:
         observer = GramObserver(config, parts=group, columns=columns, dtype=dtype, ends_pass=True)
         own = [part.layer for part in group]
         title = f"Gram matrices, layers {own[0].index}-{own[-1].index} of {len(layers)}"
-        reader = TextReader(loaders, device=model.device, progress=progress, processes=processes, title=title)
+        reader = TextReader(
+            loaders,
+            device=model.device,
+            progress=progress,
+            processes=processes,
+            title=title,
+            vocab_size=vocab_size(model),
+        )
         with processes.together(), evaluating(model), observed(layers[: own[-1].index + 1], observer=observer):
             for corpus, inputs in reader:
                 with observer.batch(corpus, inputs):
@@ -142,6 +152,16 @@ def stream_grams(
             step.run(batch=observer.batch, keep=number == 0)
         yield from observer.grams(num_tokens=num_tokens, processes=processes)
         give_back_freed()
+
+
+def _check_repeatable(loaders: Mapping[str, Iterable[Batch]], *, num_passes: int) -> None:
+    """Refuses what the first of several passes would use up."""
+    for corpus, loader in loaders.items():
+        if num_passes > 1 and isinstance(loader, Iterator):
+            raise ValueError(
+                f"Corpus '{corpus}' is a {type(loader).__name__}, which can be read only once, and the Gram matrices "
+                f"take {num_passes} passes over the text. Give a DataLoader or a list, or raise `memory_gb`."
+            )
 
 
 def _parts(

@@ -1,7 +1,7 @@
 """Gram matrices of experts' channels, added up while layers run over text.
 
 T tokens, K experts per token, S = T*K routed pairs sorted by expert, E experts, n channels of an expert, m columns of
-a Gram, H hidden.
+a Gram, H hidden, B sequences of a batch.
 """
 
 from abc import ABC, abstractmethod
@@ -159,7 +159,7 @@ class GramObserver(LayerObserver):
         return torch.where(counted_BS.bool(), position_BS % _NUM_HALVES, _PADDING).reshape(-1)
 
     def run_experts(self, layer: MoeLayer, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The experts' output; keeps this layer's columns."""
+        """The experts' output `[T, H]`; keeps this layer's columns."""
         num_experts = len(expert_widths(layer.experts))
         self.pairs = RoutedPairs.sort(
             index_TK,
@@ -196,9 +196,15 @@ class GramObserver(LayerObserver):
             raise _PassDone
 
     def grams(self, *, num_tokens: int, processes: Processes) -> Iterator[LayerGram]:
-        """One record a layer, added up over the processes; memory is freed as the caller moves on."""
+        """One record a layer, added up over the processes; memory is freed as the caller moves on.
+
+        Raises:
+            ValueError: a Gram holds NaN or infinity; the message names the layer.
+        """
         for layer in self.layers:
             half_a, half_b = self.halves.pop(layer.index)
+            with processes.together():
+                _check_finite(layer, (half_a, half_b))
             for tensor in (*half_a, *half_b, self.counts[layer.index]):
                 if tensor.numel():
                     processes.sum_(tensor)
@@ -211,6 +217,16 @@ class GramObserver(LayerObserver):
                 counts=tuple(self.counts[layer.index].tolist()),
                 num_tokens=num_tokens,
             )
+
+
+def _check_finite(layer: MoeLayer, halves: Sequence[Sequence[Tensor]]) -> None:
+    """A trace, since NaN and infinity anywhere in an activation are on the diagonal; one host sync a layer."""
+    traces = torch.stack([gram_mm.diagonal().sum() for half in halves for gram_mm in half])
+    if not bool(traces.isfinite().all()):
+        raise ValueError(
+            f"{layer.name}: NaN or infinity in the activations that its down projections are refitted to. Prune in "
+            "bfloat16 or float32, or without repair; `calibrate` on this text, in this type, names the expert."
+        )
 
 
 class RepeatedGramObserver(GramObserver):
@@ -238,7 +254,7 @@ class RepeatedGramObserver(GramObserver):
         self._first, self._later = energies, iter(list(energies))
 
     def inverse_energy(self, layer: MoeLayer, output_TH: Tensor) -> Tensor:
-        """That of the first pass: down rows of experts that are done may have changed since."""
+        """That of the first pass `[T]`: down rows of experts that are done may have changed since."""
         if not self.needs_output:
             return next(self._later)
         self._first.append(super().inverse_energy(layer, output_TH))

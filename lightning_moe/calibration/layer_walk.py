@@ -19,7 +19,7 @@ from lightning_moe.calibration.hidden_states import read_hidden_states, writing_
 from lightning_moe.calibration.memory import HEAP_SHARE, KERNEL_BYTES, LIBRARY_BYTES, give_back_freed, keep_few_kernels
 from lightning_moe.calibration.observer import evaluating
 from lightning_moe.calibration.processes import ALONE, Processes
-from lightning_moe.calibration.text import Batch, CalibrationText
+from lightning_moe.calibration.text import Batch, CalibrationText, vocab_size
 from lightning_moe.models.discovery import MoeLayer, moe_layers
 from lightning_moe.models.folders import LayerFolder
 from lightning_moe.progress import hidden
@@ -73,7 +73,7 @@ class LayerWalk:
         keep_few_kernels()
         self.folder, self.workspace = folder, Path(workspace)
         self.device, self.processes, self.first = torch.device(device), processes, first
-        self.text = CalibrationText.read(loaders, processes=processes)
+        self.text = CalibrationText.read(loaders, processes=processes, vocab_size=vocab_size(folder.model))
         self.names = folder.decoder_names
         self._title = title
         self._shown = progress and processes.rank == 0

@@ -1,7 +1,7 @@
 """All statistics of one layer in one forward pass (method, section 1).
 
 T tokens, K experts per token, S = T*K routed pairs sorted by expert, E experts, C channels of the layer, n of one
-expert, H hidden, B bins of the router entropy.
+expert, H hidden, B bins of the router entropy (or sequences of a batch, in masks), X any of these.
 """
 
 import math
@@ -67,7 +67,7 @@ class CountedTokens:
         return cls(is_padding_T=is_padding_T, index_T=None if len(index_T) == num_tokens else index_T)
 
     def select(self, value_T: Tensor) -> Tensor:
-        """The entries of the tokens that count, first dimension."""
+        """The entries of the tokens that count: some of the first dimension `[T, ...]`."""
         return value_T if self.index_T is None else value_T.index_select(0, self.index_T)
 
 

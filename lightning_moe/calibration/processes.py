@@ -47,11 +47,11 @@ class Processes:
         return items if is_own_share(items) else islice(items, self.rank, None, self.size)
 
     def sum_(self, value: Tensor) -> None:
-        """Adds up, in place, over the processes."""
+        """Adds up, in place, over the processes: any shape, the same on all."""
         self._reduce(value, distributed.ReduceOp.SUM)
 
     def max_(self, value: Tensor) -> None:
-        """Takes the maximum, in place, over the processes."""
+        """Takes the maximum, in place, over the processes: any shape, the same on all."""
         self._reduce(value, distributed.ReduceOp.MAX)
 
     def gather(self, value: Any) -> list[Any]:

@@ -95,7 +95,7 @@ class RoutedPairs:
 
     @property
     def token_S(self) -> Tensor:  # noqa: N802
-        """Token of each sorted pair."""
+        """Token of each sorted pair `[S]`."""
         return self.routing.token_S
 
     def rows(self, expert: int) -> slice:

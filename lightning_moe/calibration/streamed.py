@@ -16,8 +16,10 @@ from torch import Tensor
 from lightning_moe.calibration.collector import CalibrationCollector
 from lightning_moe.calibration.layer_walk import DecoderStep, LayerWalk
 from lightning_moe.calibration.measure import weight_norms
+from lightning_moe.calibration.nonfinite import NonFiniteError
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.calibration.text import Batch, CalibrationText
+from lightning_moe.calibration.unseen import report_unseen
 from lightning_moe.calibration.workspace import Workspace
 from lightning_moe.files import LazyTensors, digest_of_tensors, open_tensors, write_tensors
 from lightning_moe.models.discovery import model_shape, moe_layers
@@ -77,18 +79,25 @@ def collect_streamed(
     if processes.rank == 0:
         extra = _extra_bytes(shape, text=walk.text, itemsize=folder.model.dtype.itemsize, moments=moments)
         log.info("%s", walk.describe(extra_bytes=extra))
-    for step in walk:
-        tensors = _measure(step, folder=folder, moments=moments, processes=processes)
-        with processes.together():
-            if processes.rank == 0:
-                _save(space.file(files[step.index]), tensors)
+    try:
+        for step in walk:
+            tensors = _measure(step, folder=folder, moments=moments, processes=processes)
+            with processes.together():
+                if processes.rank == 0:
+                    _save(space.file(files[step.index]), tensors)
+    except NonFiniteError:
+        space.remove()  # what helps is another type, text or checkpoint: none of them can use this
+        raise
     moe_decoders = {layer.block_name.rpartition(".")[0] for layer in layers}
     found = [_load(space.file(file)) for name, file in zip(walk.names, files, strict=True) if name in moe_decoders]
-    return CalibrationStatistics(
+    statistics = CalibrationStatistics(
         shape=shape,
         corpora={corpus: tuple(_of_corpus(one, corpus) for one in found) for corpus in loaders},
         weights=tuple(_of_corpus(one, _WEIGHTS) for one in found),
     )
+    if processes.rank == 0:
+        report_unseen(statistics)
+    return statistics
 
 
 def _run(walk: LayerWalk, *, moments: bool) -> dict[str, str]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_moe.calibration.processes import Processes
+from lightning_moe.calibration.text import check_vocabulary
 from lightning_moe.training.corpora import Corpus, check_corpus
 from lightning_moe.training.loading import Batch, EpochShuffle, EvenShare, ReadingPosition, ResumableLoader
 from lightning_moe.training.packing import Rows
@@ -26,6 +27,10 @@ Role = Literal["train", "validation", "calibration"]
 
 # Tokens of a calibration batch where its rows are not given.
 _CALIBRATION_TOKENS = 2048
+# Of tokens in a row, and rows in a batch: a row is made whole, whatever the text.
+_LARGEST = 2**24
+_MOST_WORKERS = 1024
+_SEEDS = 2**63
 
 
 class TextDataModule(LightningDataModule):
@@ -98,6 +103,10 @@ class TextDataModule(LightningDataModule):
         )
         self.seed = seed
         self.num_workers = _at_least(0, name="num_workers", value=num_workers)
+        if self.num_workers > _MOST_WORKERS:
+            raise ValueError(f"`num_workers` must be at most {_MOST_WORKERS}, got {num_workers}: each is a process.")
+        if not 0 <= seed < _SEEDS:
+            raise ValueError(f"`seed` of the data must be from 0 to {_SEEDS - 1}, got {seed}.")
         self.drop_last = drop_last
         self._position = ReadingPosition()
         self._restored: dict[str, int] | None = None
@@ -151,6 +160,16 @@ class TextDataModule(LightningDataModule):
                 for name, corpus in self.corpora[role].items()
             }
         return self._rows[role, sample]
+
+    def check_vocabulary(self, *, vocab_size: int) -> None:
+        """Looks whether a model of this vocabulary knows every token of the rows that were made so far.
+
+        Raises:
+            ValueError: it does not: the text was tokenised for another model.
+        """
+        for made in self._rows.values():
+            for name, rows in made.items():
+                check_vocabulary(rows.input_ids_NS, corpus=name, vocab_size=vocab_size)
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -304,6 +323,8 @@ def _sequence_lengths(train: int, *, validation: int | None, calibration: int | 
 def _at_least(minimum: int, *, name: str, value: int) -> int:
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    if value > _LARGEST:
+        raise ValueError(f"`{name}` must be at most {_LARGEST:,}, got {value}.")
     return value
 
 

@@ -1,4 +1,7 @@
-"""Teachers of a recovery: the unpruned model, the same packed to NF4 as it is loaded, or its logits on disk."""
+"""Teachers of a recovery: the unpruned model, the same packed to NF4 as it is loaded, or its logits on disk.
+
+B sequences, S positions, V vocabulary.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ class Teacher(Protocol):
     """What gives the targets of a batch."""
 
     def loss(self, student_BSV: Tensor, batch: Batch) -> Tensor:
-        """Divergence of the student from the teacher, in nats per token with a label."""
+        """Divergence of the student from the teacher, a scalar in nats per token with a label."""
         ...
 
 
@@ -38,7 +41,7 @@ class ModelTeacher:
     model: PreTrainedModel
 
     def loss(self, student_BSV: Tensor, batch: Batch) -> Tensor:
-        """`KL(teacher || student)` over the whole vocabulary; the teacher runs now."""
+        """`KL(teacher || student)` over the whole vocabulary, a scalar in nats; the teacher runs now."""
         with torch.no_grad():
             teacher_BSV = self.model(**model_inputs(batch), use_cache=False).logits
         return distillation_loss(student_BSV, teacher_BSV, batch["labels"])
@@ -49,7 +52,7 @@ class StoredTeacher:
     """Logits on disk, which the data module puts into the batches."""
 
     def loss(self, student_BSV: Tensor, batch: Batch) -> Tensor:
-        """KL over the stored tokens and a bucket of all others."""
+        """KL over the stored tokens and a bucket of all others, a scalar in nats."""
         return top_k_distillation_loss(student_BSV, batch[TEACHER_IDS], batch[TEACHER_LOGPROBS], batch["labels"])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightning_moe.training.corpora import Corpus, Record
@@ -17,6 +18,19 @@ _WITH_INPUT = (
 _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+# Of a program in jinja: its own, and whatever Python raises for what it computes.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
 )
 
 
@@ -89,7 +103,19 @@ def message_examples(messages: Any, *, name: str, tokenizer: PreTrainedTokenizer
 
 
 def _render(messages: Sequence[dict[str, Any]], *, tokenizer: PreTrainedTokenizerBase, prompt: bool) -> str:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    """The template is a program of the tokenizer's folder; jinja keeps it away from files, names and code.
+
+    Raises:
+        ValueError: it fails on these messages.
+    """
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except _TEMPLATE_ERRORS as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"The chat template of {tokenizer.name_or_path!r} cannot write {str(messages)[:60]!r}: {told:.200}. Look "
+            "at the conversation, or use another tokenizer."
+        ) from error
     assert isinstance(text, str)
     return text
 

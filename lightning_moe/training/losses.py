@@ -1,6 +1,6 @@
 """Losses of a language model whose memory does not grow with batch times vocabulary.
 
-B sequences, S positions, V vocabulary, N positions that count, n of them at once, k tokens of the teacher.
+B sequences, S positions, V vocabulary, P = B * S, N positions that count, n of them at once, k tokens of the teacher.
 
 The fp32 copies that a loss makes of `[B, S, V]` logits would be the largest tensors of a run (1.2 GB each at 2,048
 tokens of a vocabulary of 151,936). Here they exist for `n` positions at once, in forward and, computed again, in
@@ -28,6 +28,11 @@ def next_token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     Args:
         logits_BSV: logits that learn, in any float type.
         labels_BS: tokens, not shifted; -100 does not count.
+
+    Examples:
+        >>> logits_BSV, labels_BS = torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]])
+        >>> round(next_token_loss(logits_BSV, labels_BS).item(), 4)  # log 4: four tokens, all alike
+        1.3863
     """
     next_P = _next_labels(labels_BS)
 

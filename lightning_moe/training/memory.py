@@ -28,6 +28,7 @@ _MIN_8BIT, _BLOCK_8BIT, _TABLE_8BIT = 4096, 256, 256
 _LOSS_TENSORS = 4  # of CHUNK_NUMBERS: logits in fp32, their softmax, its gradient, one that comes and goes
 _HIDDEN_TENSORS = 4  # [T, H] in fp32: gradients of the output and of the input, the layer's input, the sum of pairs
 _PAIR_BYTES = 14  # a number of [pairs of a run, H] in backward: two fp32, two in the type of the products, one copy
+_LARGEST = 2**24  # tokens of a sequence, sequences of a batch
 _DRIVER_BYTES = {"cuda": 800 * 10**6, "cpu": 0}  # context and kernels of a GPU: assumed, not counted
 
 
@@ -55,8 +56,8 @@ class RecoveryRun:
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
         for name in ("sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be a whole number >= 1, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= _LARGEST:
+                raise ValueError(f"`{name}` must be a whole number from 1 to {_LARGEST:,}, got {getattr(self, name)}.")
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,8 @@
-"""LightningModules: a language model trained whole, and one recovered through its adapters."""
+"""LightningModules: a language model trained whole, and one recovered through its adapters.
 
-from dataclasses import dataclass
+B sequences, S positions, V vocabulary.
+"""
+
 from typing import Any
 
 import torch
@@ -11,44 +13,30 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_moe.adapters.groups import trainable_groups
+from lightning_moe.calibration.text import vocab_size
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.training.batches import model_inputs
 from lightning_moe.training.best_checkpoint import check_best, restore_best
 from lightning_moe.training.checkpoint import complete_state, keep_learned, restore_structure, write_structure
+from lightning_moe.training.checkpoint_files import CheckpointedModule
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.distillation import Teacher, TeacherQuantize, TeacherSettings
+from lightning_moe.training.finite import FiniteModule
 from lightning_moe.training.hyperparameters import check_folder, name_folders
 from lightning_moe.training.losses import next_token_loss, weight_among_processes
-from lightning_moe.training.model_source import ModelSource, processes_of
-from lightning_moe.training.optim import (
-    OptimizerName,
-    ScheduleName,
-    build_optimizer,
-    build_schedule,
-    check_optimizer,
-    check_schedule,
-)
+from lightning_moe.training.model_source import ModelSource, processes_of, trainer_of
+from lightning_moe.training.optim import OptimizerName, ScheduleName, build_optimizer, build_schedule
 from lightning_moe.training.optimizer_names import name_optimizer_states
 from lightning_moe.training.router_loss import RouterLogits, load_balancing_loss
+from lightning_moe.training.settings import TrainingSettings, check_rates
 from lightning_moe.training.teacher_logits import TeacherLogits
 from lightning_moe.training.validation import ValidatedModule
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """Constructor arguments that both modules share."""
-
-    dtype: DtypeName
-    optimizer: OptimizerName
-    weight_decay: float
-    betas: tuple[float, float]
-    schedule: ScheduleName
-    warmup_ratio: float
-    router_loss: float
-    gradient_checkpointing: bool
+# Settings of a recovery that are learning rates.
+_RATES = ("expert_learning_rate", "router_learning_rate", "attention_learning_rate")
 
 
-class LanguageModelModule(ValidatedModule):
+class LanguageModelModule(CheckpointedModule, ValidatedModule, FiniteModule):
     """A causal language model with next-token loss, per-corpus perplexity, AdamW and a warmup schedule.
 
     Args:
@@ -82,9 +70,10 @@ class LanguageModelModule(ValidatedModule):
     ) -> None:
         super().__init__()
         check_folder(source)
+        check_rates(learning_rate=learning_rate)
         self.save_hyperparameters()
         name_folders(self, "source")
-        self.settings = _Settings(
+        self.settings = TrainingSettings(
             dtype=dtype,
             optimizer=optimizer,
             weight_decay=weight_decay,
@@ -94,10 +83,6 @@ class LanguageModelModule(ValidatedModule):
             router_loss=router_loss,
             gradient_checkpointing=gradient_checkpointing,
         )
-        check_optimizer(optimizer)
-        check_schedule(schedule, warmup_ratio=warmup_ratio)
-        if router_loss < 0:
-            raise ValueError(f"`router_loss` is the coefficient of a loss, 0 or more, got {router_loss}.")
         self.learning_rate = learning_rate
         self.model: PreTrainedModel | None = None
         self._source = ModelSource(source, dtype=dtype, from_scratch=from_scratch)
@@ -127,8 +112,16 @@ class LanguageModelModule(ValidatedModule):
             return
         sharded = in_shares and self.device_mesh is not None
         self.model = self._source.load(processes=processes_of(self), in_shares=sharded)
+        self._check_text()
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _check_text(self) -> None:
+        """Before anything is run: the model must know every token of our data module's rows."""
+        trainer: Any = trainer_of(self)
+        datamodule = None if trainer is None else trainer.datamodule
+        if isinstance(datamodule, TextDataModule):
+            datamodule.check_vocabulary(vocab_size=vocab_size(self.language_model))
 
     @override
     def on_fit_start(self) -> None:
@@ -152,7 +145,7 @@ class LanguageModelModule(ValidatedModule):
         return weight * self.objective(logits_BSV, batch) + self.settings.router_loss * balance
 
     def objective(self, logits_BSV: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Mean next-token loss."""
+        """Mean next-token loss, a scalar in nats per token."""
         loss = next_token_loss(logits_BSV, batch["labels"])
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -160,6 +153,7 @@ class LanguageModelModule(ValidatedModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes the structure of the model, so that loading needs nothing but the checkpoint and the source."""
+        super().on_save_checkpoint(checkpoint)
         write_structure(checkpoint, model=self.language_model)
         if "optimizer_states" in checkpoint:
             name_optimizer_states(checkpoint, module=self, optimizers=self.trainer.optimizers)
@@ -217,6 +211,10 @@ class RecoveryModule(LanguageModelModule):
         restore_best: End with the weights of the best checkpoint; needs a ModelCheckpoint that monitors `nll`.
     """
 
+    # No submodule: a teacher is neither trained, saved nor wrapped.
+    _teacher: Teacher | None = None
+    _logits: TeacherLogits | None = None
+
     def __init__(
         self,
         *,
@@ -238,6 +236,8 @@ class RecoveryModule(LanguageModelModule):
         distillation: float = 0.5,
         restore_best: bool = False,
     ) -> None:
+        rates = (expert_learning_rate, router_learning_rate, attention_learning_rate)
+        check_rates(**dict(zip(_RATES, rates, strict=True)))
         super().__init__(
             source=source,
             dtype=dtype,
@@ -252,14 +252,10 @@ class RecoveryModule(LanguageModelModule):
         )
         self.save_hyperparameters()
         name_folders(self, "source", "teacher", "teacher_logits")
-        self.strict_loading = False
-        self.restore_best = restore_best
+        self.strict_loading, self.restore_best = False, restore_best
         self.teaching = TeacherSettings(
             source=teacher, quantize=teacher_quantize, logits=teacher_logits, weight=distillation
         )
-        # No submodule: a teacher is neither trained, saved nor wrapped.
-        self._teacher: Teacher | None = None
-        self._logits: TeacherLogits | None = None
         self.learning_rates = {
             "experts": expert_learning_rate,
             "shared_experts": expert_learning_rate,

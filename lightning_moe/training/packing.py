@@ -6,7 +6,7 @@ ones share a row as long as they fit, and one longer than a row keeps its beginn
 also attends to what precedes it in its row from another document.
 """
 
-# N rows, S tokens in a row
+# N rows, S tokens in a row, T tokens of a stream, R of its last, partial row
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +61,13 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 def pack_stream(stream_T: Tensor, *, sequence_length: int, padding: int, keep_last: bool) -> Rows:
-    """Cut a stream of tokens (int32) into rows; the last, partial one is padded or dropped."""
+    """Cut a stream of tokens (int32) into rows; the last, partial one is padded or dropped.
+
+    Examples:
+        >>> rows = pack_stream(torch.arange(5), sequence_length=2, padding=9, keep_last=True)
+        >>> rows.input_ids_NS.tolist(), rows.num_tokens
+        ([[0, 1], [2, 3], [4, 9]], 5)
+    """
     num_full = len(stream_T) // sequence_length
     full_NS = stream_T[: num_full * sequence_length].view(num_full, sequence_length)
     rest_R = stream_T[num_full * sequence_length :]

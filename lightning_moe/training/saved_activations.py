@@ -1,4 +1,7 @@
-"""What a decoder layer keeps for backward outside its routed experts, counted on tensors without data."""
+"""What a decoder layer keeps for backward outside its routed experts, counted on tensors without data.
+
+T tokens, H hidden, K experts per token.
+"""
 
 from typing import Any
 
@@ -64,8 +67,8 @@ def layer_activations(model: PreTrainedModel, *, batch_size: int, sequence_lengt
             saved[storage._cdata] = storage  # held, so that no other one gets its address
         return tensor
 
-    with FakeTensorMode():
-        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the parameters, which are on the meta device
+        model.to_empty(device="cpu")
         fixed = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         hidden = int(model.config.get_text_config().hidden_size)
         embedded = torch.empty(batch_size, sequence_length, hidden, dtype=model.dtype, requires_grad=True)

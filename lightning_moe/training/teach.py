@@ -116,6 +116,9 @@ def write_teacher_logits(
         folder: where the shards go, each under its name only when it is whole.
         batch_size: rows at once.
         progress: show a bar over the rows (on a terminal).
+
+    Raises:
+        ValueError: the teacher gives NaN; whole shards before that stay.
     """
     total, folder = sum(manifest.num_rows.values()), Path(folder)
     log.info("%d rows, %d tokens of each position: %.1f MB.", total, manifest.k, total * manifest.row_bytes / 1e6)
@@ -127,20 +130,27 @@ def write_teacher_logits(
                     shard = {}
                     for start in range(0, len(indices), batch_size):
                         some = indices[start : start + batch_size]
-                        shard |= _targets(model, rows=rows[corpus], indices=some, manifest=manifest)
+                        shard |= _targets(model, rows=rows[corpus], corpus=corpus, indices=some, manifest=manifest)
                         bar.update(len(some))
                     write_tensors(folder / name, shard, metadata={"first_row": first})
     log.info("Teacher logits of corpora %s written to %s.", list(rows), folder)
 
 
 @torch.no_grad()
-def _targets(model: PreTrainedModel, *, rows: Rows, indices: range, manifest: TeacherManifest) -> dict[str, Tensor]:
+def _targets(
+    model: PreTrainedModel, *, rows: Rows, corpus: str, indices: range, manifest: TeacherManifest
+) -> dict[str, Tensor]:
     """Targets of some rows under their names in a shard."""
     batch = [rows[index] for index in indices]
     inputs = {key: torch.stack([row[key] for row in batch]).to(model.device) for key in ("input_ids", "attention_mask")}
     found = top_k_log_probabilities(model(**inputs, use_cache=False).logits, k=manifest.k)
     token_BSk, log_prob_BSk = (value.to("cpu", dtype) for value, dtype in zip(found, manifest.dtypes, strict=True))
-    targets = {}
+    targets, broken_B = {}, log_prob_BSk.isnan().flatten(1).any(1)
+    if bool(broken_B.any()):
+        raise ValueError(
+            f"The teacher gives NaN on row {indices[int(broken_B.long().argmax())]} of corpus '{corpus}'. Look at its "
+            "weights, or run it in bfloat16 or float32 (`dtype`)."
+        )
     for index, token_Sk, log_prob_Sk in zip(indices, token_BSk, log_prob_BSk, strict=True):
         targets |= {token_name(index): token_Sk, log_prob_name(index): log_prob_Sk}
     return targets
