@@ -232,7 +232,7 @@ def test_one_training_step_lowers_the_loss() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"expert_rank": -1}, r"`expert_rank` must be 0 \(no adapter\) or a positive rank, got -1"),
+        ({"expert_rank": -1}, r"`expert_rank` must be 0 \(no adapter\) or a positive rank up to 65536, got -1"),
         ({"shared_expert_rank": -2}, r"`shared_expert_rank` must be 0 .* got -2"),
         ({"expert_rank": 0, "router_rank": 0}, r"Every adapter rank is 0"),
         ({"alpha_ratio": 0.0}, r"`alpha_ratio` .* must be positive, got 0.0"),

@@ -11,7 +11,8 @@ from tiny_models import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
 from lightning_moe.export.huggingface import save_ragged
-from lightning_moe.models.loading import can_stream, load_model, weight_files
+from lightning_moe.models.loading import can_stream, load_model
+from lightning_moe.models.sources import weight_files
 from lightning_moe.surgery.cut import apply_plan
 
 

@@ -18,9 +18,10 @@ from lightning_moe import commands
 from lightning_moe.commands import exporting
 from lightning_moe.export.huggingface import save_ragged
 from lightning_moe.export.padded import export_padded
-from lightning_moe.models import folders, loading
+from lightning_moe.models import folders, sources
 from lightning_moe.models.discovery import model_shape, moe_layers
-from lightning_moe.models.loading import can_stream, load_model, weight_files
+from lightning_moe.models.loading import can_stream, load_model
+from lightning_moe.models.sources import weight_files
 from lightning_moe.models.streaming import StockFolder
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.surgery.cut import apply_plan, convert_experts
@@ -302,8 +303,8 @@ def test_a_hub_name_is_asked_for_its_files(tmp_path, monkeypatch) -> None:
         path = tmp_path / "cache" / name
         return str(path) if path.is_file() else None
 
-    monkeypatch.setattr(loading, "cached_file", found)
-    monkeypatch.setattr(loading, "get_checkpoint_shard_files", lambda source, index: ([f"{source}/{index}"], None))
+    monkeypatch.setattr(sources, "cached_file", found)
+    monkeypatch.setattr(sources, "get_checkpoint_shard_files", lambda source, index: ([f"{source}/{index}"], None))
     index = tmp_path / "cache" / "model.safetensors.index.json"
     assert weight_files("owner/model") == [Path(f"owner/model/{index}")]
     index.unlink()

@@ -47,7 +47,10 @@ def set_in(*path, to):
     [
         (set_in("more", to=1), r"must hold exactly the keys .*'adapter'.* got .*'more'"),
         (lambda content: content.pop("linears"), "must hold exactly the keys"),
-        (set_in("version", to=2), "structure is of version 2, this lightning_moe reads 1. Use the version that wrote"),
+        (
+            set_in("version", to=2),
+            "structure is of `version` 2, this lightning_moe reads 1. Use the version that wrote",
+        ),
         (set_in("hidden_size", to="64"), "`hidden_size` must be a count >= 1, got '64'"),
         (set_in("layers", to=None), "`layers` of a model must be a list, got None"),
         (set_in("layers", to=[]), "`layers` must be at least one layer"),

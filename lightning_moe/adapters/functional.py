@@ -10,7 +10,8 @@ Outputs are scaled, not weights: S o numbers rather than i o. Where products are
 in 32, as PEFT does, so that a change of m by a thousandth is not lost.
 
 S routed pairs sorted by expert, G experts, r rank, i and o inputs and outputs of the projection (H and n for gate and
-up, n and H for down). `bounds [G + 1]` are the offsets of the experts' pairs in S.
+up, n and H for down). `bounds [G + 1]` are the offsets of the experts' pairs in S; R = G*r rows of
+all their A.
 """
 
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def adapted_norm(product_Gro: Tensor, A_Gri: Tensor, B_Gor: Tensor, base_sq_Go: 
 
 
 def adapted_weight(weight_oi: Tensor, A_ri: Tensor, B_or: Tensor, magnitude_o: Tensor | None, scaling: float) -> Tensor:
-    """`m / ||W + s B A||_row (W + s B A)` as a dense matrix, the norm detached; without magnitude `W + s B A`.
+    """`m / ||W + s B A||_row (W + s B A)` as a dense matrix `[o, i]`, the norm detached; without magnitude `W + s B A`.
 
     Batched over leading dimensions. For small matrices (routers) and for merging.
     """
@@ -78,7 +79,7 @@ def adapted_weight(weight_oi: Tensor, A_ri: Tensor, B_or: Tensor, magnitude_o: T
 
 
 def safe_norm(norm: Tensor) -> Tensor:
-    """The norm, kept above zero so that a row of zeros stays zero instead of becoming NaN."""
+    """The norm (any shape), kept above zero so that a row of zeros stays zero instead of becoming NaN."""
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
@@ -149,7 +150,7 @@ def pull_back(
 
 
 def scaled_gradient(grad_So: Tensor, scale_Go: Tensor | None, expert_S: Tensor | None, *, dtype: torch.dtype) -> Tensor:
-    """`u = scale * g` in the type of the products; `g` is not changed."""
+    """`u = scale * g`, `[S, o]`, in the type of the products; `g` is not changed."""
     if scale_Go is None:
         return grad_So.to(dtype)
     return (grad_So * _per_pair(scale_Go, expert_S)).to(dtype)

@@ -17,6 +17,7 @@ from lightning_moe.adapters.router import DoraRouter
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import MoeLayer, moe_layers
 
+_LARGEST_RANK = 2**16
 _FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -25,14 +26,14 @@ class AdapterConfig:
     """Which parts get an adapter and of what rank; a rank of 0 leaves the part alone.
 
     Args:
-        expert_rank: rank on the three projections of every routed expert (at most the hidden size is used).
-        router_rank: rank on the router's weight (at most its number of experts is used).
-        attention_rank: rank on the attention's Linear layers, in the decoder layers of the adapted MoE layers.
-        shared_expert_rank: rank on the shared experts' Linear layers; null means as the experts.
+        expert_rank: Rank on the three projections of every routed expert (at most the hidden size is used).
+        router_rank: Rank on the router's weight (at most its number of experts is used).
+        attention_rank: Rank on the attention's Linear layers, in the decoder layers of the adapted MoE layers.
+        shared_expert_rank: Rank on the shared experts' Linear layers; null means as the experts.
         alpha_ratio: `lora_alpha / rank`, which is the scaling of `B A`.
         use_dora: DoRA, or plain LoRA.
-        layers: which MoE layers are adapted, counted from 0 among the MoE layers; null means all.
-        train_norms: train a copy of the decoder's normalisation weights too (saved with the adapter).
+        layers: Which MoE layers are adapted, counted from 0 among the MoE layers; null means all.
+        train_norms: Train a copy of the decoder's normalisation weights too (saved with the adapter).
 
     Raises:
         ValueError: a negative rank, nothing to train, or a scaling that is not positive.
@@ -54,8 +55,9 @@ class AdapterConfig:
             "attention_rank": self.attention_rank,
         }
         for name, rank in (ranks | {"shared_expert_rank": self.rank_of_shared}).items():
-            if rank < 0:
-                raise ValueError(f"`{name}` must be 0 (no adapter) or a positive rank, got {rank}.")
+            if not 0 <= rank <= _LARGEST_RANK:
+                allowed = f"0 (no adapter) or a positive rank up to {_LARGEST_RANK}"
+                raise ValueError(f"`{name}` must be {allowed}, got {rank}.")
         if not any(ranks.values()) and not self.rank_of_shared and not self.train_norms:
             raise ValueError("Every adapter rank is 0 and `train_norms` is off: nothing would be trained. Raise one.")
         if self.alpha_ratio <= 0:

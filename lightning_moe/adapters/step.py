@@ -128,20 +128,20 @@ class Call:
         return torch.promote_types(self.dtype, torch.float32)
 
     def new_gradient(self, stacked: Tensor) -> Tensor:
-        """Where a gradient goes: zeros where some expert has no pairs, else left to be written expert by expert."""
+        """Where a gradient goes, in its shape: zeros where some expert has no pairs, else to be written one by one."""
         all_hit = sum(len(piece.experts) for piece in self.pieces) == len(self.base_sq["down"])
         return torch.empty_like(stacked) if all_hit else torch.zeros_like(stacked)
 
     def pair_weights(self, weights_TK: Tensor) -> Tensor:
-        """The router's weight of each sorted pair."""
+        """The router's weight of each sorted pair `[S]`."""
         return weights_TK.reshape(-1)[self.routing.order_S].to(self.wide)
 
     def expert_of_pair(self, piece: Piece) -> Tensor | None:
-        """Expert of each pair of a run, counted from its first one; None where there is only one."""
+        """Expert of each pair of a run `[S]`, counted from its first one; None where there is only one."""
         return None if len(piece.experts) == 1 else self.slot_S[piece.pairs] - piece.slots.start
 
     def gather(self, piece: Piece, hidden_TH: Tensor) -> Tensor:
-        """The hidden states of a run's pairs in the type of the products."""
+        """The hidden states of a run's pairs `[S, H]` in the type of the products."""
         return hidden_TH.index_select(0, self.routing.token_S[piece.pairs]).to(self.dtype)
 
 
@@ -163,7 +163,7 @@ class AdaptedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, hidden_TH: Tensor, weights_TK: Tensor, *adapter: Tensor) -> Tensor:
-        """Keeps the inputs, and of each run its three `Projected`."""
+        """The routed sum `[T, H]`; keeps the inputs, and of each run its three `Projected`."""
         kept: list[Tensor | None] = []
         output_TH = _forward(call, hidden_TH, weights_TK, dict(zip(call.names, adapter, strict=True)), kept=kept)
         ctx.call = call
@@ -175,7 +175,7 @@ class AdaptedExperts(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: the decorator hides the names
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, weights and the adapter; experts without a pair get zeros."""
+        """Gradients of hidden, weights and the adapter, in their shapes; experts without a pair get zeros."""
         call: Call = ctx.call
         hidden_TH, weights_TK, *saved = ctx.saved_tensors
         tensors = dict(zip(call.names, saved, strict=False))

@@ -6,8 +6,8 @@ layer classes serve experts and routers, so without `config=` it refuses the fol
 """
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_moe.adapters.inject import MoeLoraConfig, register_layers
-from lightning_moe.files import read_json, read_tensors, write_atomically, write_tensors
+from lightning_moe.adapters.settings import checked_settings
+from lightning_moe.files import one_line, read_json, read_tensors, write_atomically, write_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -68,8 +69,7 @@ def load_adapter(model: PreTrainedModel, *, folder: str | Path, trainable: bool 
     config = adapter_config_of(folder, model=model)
     config.inference_mode = not trainable
     config.base_model_name_or_path = model.name_or_path or None  # the base may have moved: PEFT would warn
-    peft_model = get_peft_model(model, config)
-    assert isinstance(peft_model, PeftModel)
+    peft_model = _inject(model, config, source=f"{folder}/{CONFIG_NAME}")
     expected = adapter_tensors(peft_model)
     difference = _first_difference(expected, loaded)
     if difference is not None:
@@ -106,17 +106,25 @@ def add_adapter(model: PreTrainedModel, *, settings: Mapping[str, Any]) -> PeftM
     Raises:
         ValueError: the settings are not those of a LoRA or DoRA adapter.
     """
-    peft_model = get_peft_model(model, _config_of(settings, model=model, source="The checkpoint's `adapter`"))
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
+    source = "The checkpoint's `adapter`"
+    return _inject(model, _config_of(settings, model=model, source=source), source=source)
 
 
 def _config_of(content: object, *, model: PreTrainedModel, source: str) -> LoraConfig:
-    if not isinstance(content, Mapping) or content.get("peft_type") != "LORA" or "target_modules" not in content:
-        raise ValueError(f"'{source}' is not the config of a LoRA or DoRA adapter.")
-    known = {field.name for field in fields(MoeLoraConfig) if field.init}
-    values = {key: value for key, value in content.items() if key in known and value is not None}
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    values = checked_settings(content, largest_rank=hidden_size, source=source)
     return register_layers(MoeLoraConfig(**values), model)
+
+
+def _inject(model: PreTrainedModel, config: LoraConfig, *, source: str) -> PeftModel:
+    try:
+        peft_model = get_peft_model(model, config)
+    except (ValueError, TypeError, re.error) as error:
+        raise ValueError(
+            f"'{source}' names parts that the model has not, or settings that PEFT refuses: {one_line(error)}."
+        ) from error
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
 
 
 def adapter_tensors(peft_model: PeftModel) -> dict[str, Tensor]:

@@ -6,14 +6,15 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AutoHfQuantizer
 
-import lightning_moe.export.huggingface  # noqa: F401  (registers the format)
 from lightning_moe.assets import resolve_asset
+from lightning_moe.export.huggingface import store_under_own_names
 from lightning_moe.models.discovery import MoeLayer
 from lightning_moe.models.folders import LayerFolder
 from lightning_moe.models.fp8 import QUANT_METHOD as FP8
 from lightning_moe.models.fp8 import quantization_of
-from lightning_moe.models.loading import DtypeName, clear_errors, open_source, read_config
+from lightning_moe.models.loading import DtypeName, read_config
 from lightning_moe.models.saving import QUANT_METHOD
+from lightning_moe.models.sources import clear_errors, open_source
 from lightning_moe.models.streaming import StockFolder, meta_model
 
 
@@ -53,7 +54,7 @@ class RaggedFolder(LayerFolder):
 
     def _read(self, parts: Any) -> None:
         super()._read(parts)
-        self.model._weight_conversions = []  # pyright: ignore[reportArgumentType]: stored under their own names
+        store_under_own_names(self.model)
 
 
 def open_folder(source: str, *, dtype: DtypeName = "auto") -> LayerFolder:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from typing_extensions import override
 
 import lightning_moe.models.deepseek  # noqa: F401  (registers the model type)
 from lightning_moe.export.restoring import align_rows, check_tensors, restore_layers, restore_linears
@@ -147,9 +148,10 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
         What it returns replaces the `state_dict` argument of `save_pretrained`; None means the model's own.
         """
         model.config.quantization_config = quantization_config_of(model)
-        _store_under_own_names(model)
+        store_under_own_names(model)
         return self.stored_tensors, {}
 
+    @override
     def _process_model_before_weight_loading(
         self,
         model: PreTrainedModel,
@@ -163,8 +165,9 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
         restore_linears(model, names=config.packed_linears)
         check_tensors(model, files=checkpoint_files or ())
 
+    @override
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        _store_under_own_names(model)
+        store_under_own_names(model)
         config = self.quantization_config
         assert isinstance(config, ChannelMoeConfig)
         # A 16-bit model trains like any other: transformers' Trainer wants adapters on a quantized one.
@@ -173,7 +176,7 @@ class ChannelMoeQuantizer(Bnb4BitHfQuantizer):
         return model
 
 
-def _store_under_own_names(model: PreTrainedModel) -> None:
+def store_under_own_names(model: PreTrainedModel) -> None:
     """A plain `save_pretrained` has nothing to convert back to the family's published names."""
     model._weight_conversions = []  # pyright: ignore[reportArgumentType]
 

@@ -20,6 +20,8 @@ MANIFEST_NAME = "manifest.json"
 CARD_NAME = "README.md"
 _KIND = "export manifest"
 _VERSION = 1
+_LARGEST = 2**63
+_BITS = {"experts", "linears", "embeddings"}
 # Fields that manifests of earlier versions of this package lack.
 _LATER: Mapping[str, Any] = {"through_4_bit": False, "added_error": None}
 THROUGH_4_BIT = "the weights went through 4 bit, and what that rounded away is gone"
@@ -183,7 +185,7 @@ def _checked(content: dict[str, Any], *, path: Path) -> Manifest:
         "versions": _maps(content["versions"], lambda value: isinstance(value, str)),
         "stored_params": _is_count(content["stored_params"]),
         "active_params": _is_number(content["active_params"]),
-        "bits": _maps(content["bits"], _is_count),
+        "bits": _maps(content["bits"], _is_count) and content["bits"].keys() == _BITS,
         "files": _maps(content["files"], _is_count),
         "bytes": _is_count(content["bytes"]),
         "dropped": isinstance(content["dropped"], list) and all(isinstance(name, str) for name in content["dropped"]),
@@ -193,7 +195,7 @@ def _checked(content: dict[str, Any], *, path: Path) -> Manifest:
     }
     wrong = [name for name, is_right in right.items() if not is_right]
     if wrong:
-        raise ValueError(f"'{path}': `{wrong[0]}` cannot be {content[wrong[0]]!r}. Export again.")
+        raise ValueError(f"'{path}': `{wrong[0]}` cannot be {content[wrong[0]]!r:.200}. Export again.")
     if content["bytes"] != sum(content["files"].values()):
         raise ValueError(f"'{path}': `bytes` is {content['bytes']}, and its files do not add up to that. Export again.")
     plans = tuple(PlanOrigin(**plan) for plan in content["plans"])
@@ -201,11 +203,11 @@ def _checked(content: dict[str, Any], *, path: Path) -> Manifest:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
 def _maps(value: object, test: Any) -> bool:
@@ -216,11 +218,16 @@ def _is_plan(value: object) -> bool:
     types = {field.name: (int, float) if field.name == "prune_ratio" else str for field in fields(PlanOrigin)}
     if not isinstance(value, dict) or value.keys() != types.keys():
         return False
-    return all(isinstance(value[name], type) for name, type in types.items())
+    share = value["prune_ratio"]
+    return all(isinstance(value[name], type) for name, type in types.items()) and _is_number(share) and share <= 1
 
 
 def _is_error(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() == {field.name for field in fields(AddedError)}
+    """Whether `AddedError` can be made of it again."""
+    if not isinstance(value, dict) or value.keys() != {field.name for field in fields(AddedError)}:
+        return False
+    numbers = all(map(_is_number, (value["kl"], value["max_logit_diff"]))) and _is_count(value["num_tokens"])
+    return numbers and isinstance(value["random_text"], bool) and _maps(value["weights"], _is_number)
 
 
 def _check_weights(manifest: Manifest, *, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The model card of an exported folder: `README.md` with the hub's front matter, kept where a person wrote it."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
+from yaml import YAMLError
 
 from lightning_moe.assets import resolve_asset
 from lightning_moe.export.formats import STOCK_FORMATS
@@ -15,7 +17,9 @@ from lightning_moe.export.manifest import CARD_NAME, MANIFEST_NAME, Manifest, Pl
 from lightning_moe.export.stock_layouts import NOT_NATIVE
 from lightning_moe.files import read_json, write_atomically
 from lightning_moe.quantization.added_error import AddedError
-from lightning_moe.reporting.table import RESULT_COLUMNS, Column, format_markdown
+from lightning_moe.reporting.table import RESULT_COLUMNS, Column, escape_markdown, format_markdown, one_line
+
+log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
 _SEAL = "<!-- lightning_moe wrote this card; edit it and the next export keeps yours. {digest} -->\n"
@@ -54,7 +58,7 @@ def carry_card(old: Path, new: Path) -> list[str]:
 def told_of_card(folder: Path) -> list[str]:
     """One sentence about the card in a folder, if a person wrote or edited it."""
     path = folder / CARD_NAME
-    if not path.is_file() or _is_sealed(path.read_text(encoding="utf-8")):
+    if not path.is_file() or _is_sealed(path.read_text(encoding="utf-8", errors="replace")):
         return []
     return [f"{path} was written or edited by a person and stays as it was"]
 
@@ -81,8 +85,8 @@ def write_card(
     family = _model_type(Path(folder))
     sections = [
         f"---\n{_front_matter(manifest, cut=cut)}\n---",
-        f"# {Path(manifest.base_model).name.removeprefix('asset:')}, {manifest.format}",
-        "\n\n".join([_WHAT[manifest.format], *(f"Note: {note}." for note in notes)]),
+        f"# {escape_markdown(Path(manifest.base_model).name.removeprefix('asset:'))}, {manifest.format}",
+        "\n\n".join([_WHAT[manifest.format], *(f"Note: {one_line(note)}." for note in notes)]),
         _cut(manifest.plans, cut=cut),
         _loading(manifest.format, family=family),
         _sizes(manifest),
@@ -126,9 +130,13 @@ def _front_matter(manifest: Manifest, *, cut: bool) -> str:
 
 
 def _license_of(source: str) -> str | None:
-    """The licence in the front matter of a local source's own card; None where nothing says so."""
+    """The licence in the front matter of a local source's own card; None where nothing says so, or not readably."""
     card = Path(resolve_asset(source)) / CARD_NAME
-    metadata = metadata_load(card) if card.is_file() else None
+    try:
+        metadata = metadata_load(card) if card.is_file() else None
+    except (ValueError, YAMLError, RecursionError) as error:
+        log.warning("The licence of '%s' is not carried over: %s", card, one_line(str(error)))
+        return None
     license = metadata.get("license") if metadata else None
     return license if isinstance(license, str) else None
 
@@ -139,11 +147,16 @@ def _cut(plans: Sequence[PlanOrigin], *, cut: bool) -> str:
     if not plans:
         return "## What was cut\n\nNothing: all channels of all experts are here."
     lines = [
-        f"- {plan.prune_ratio:.1%} of the routed experts' channels went, chosen by `{plan.method}`"
-        + (f", calibrated on {plan.corpora}" if plan.corpora else "")
+        f"- {plan.prune_ratio:.1%} of the routed experts' channels went, chosen by `{_code(plan.method)}`"
+        + (f", calibrated on {escape_markdown(plan.corpora)}" if plan.corpora else "")
         for plan in plans
     ]
     return "\n".join(["## What was cut", "", *lines])
+
+
+def _code(text: str) -> str:
+    """Between backticks."""
+    return one_line(text).replace("`", "'")
 
 
 def _loading(format: str, *, family: str) -> str:

@@ -12,14 +12,13 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_moe.export.packed_checks import check_packed_linear
 from lightning_moe.models.channel_experts import ChannelExperts, DenseRows
 from lightning_moe.models.discovery import MoeLayer, is_grouped, layer_shape, moe_layers
 from lightning_moe.models.routers import keep_router_rows, mask_router_rows
 from lightning_moe.models.stored_tensors import LazyTensor, open_files
 from lightning_moe.quantization.linears import empty_linear4bit
 from lightning_moe.quantization.nf4 import PackedRows
-
-_QUANT_STATE = "quant_state.bitsandbytes__nf4"
 
 
 def restore_layers(
@@ -129,10 +128,11 @@ def check_tensors(model: PreTrainedModel, *, files: Sequence[str]) -> None:
         expected = tuple(tensor.shape)
         if name in packed:
             expected = (packed[name].in_features * packed[name].out_features // 2, 1)
-            name = name if f"{name}.{_QUANT_STATE}" in stored else f"{name}.{_QUANT_STATE}"
         if name not in stored:
             raise ValueError(f"'{files[0]}' and its shards lack the tensor '{name}' of the model in config.json.")
         _check_tensor(stored[name], shape=expected, dtype=tensor.dtype)
+        if name in packed:
+            check_packed_linear(name, stored=stored, shape=(packed[name].out_features, packed[name].in_features))
 
 
 def _check_tensor(stored: LazyTensor, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -46,7 +46,7 @@ class ShardedWriter:
         path, digest = self.path(index), self._digest_path(index)
         if not (path.is_file() and digest.is_file()):
             return False
-        if digest.read_text(encoding="utf-8") == _digest(path):
+        if digest.read_bytes() == _digest(path).encode():
             return True
         log.warning("'%s' of an interrupted run is damaged and is written again.", path)
         return False

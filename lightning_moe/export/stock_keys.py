@@ -24,13 +24,28 @@ from lightning_moe.models.families import family_of
 _PREDICTION_LAYERS = "num_nextn_predict_layers"
 
 
+def layout_of(config: PretrainedConfig) -> StockLayout:
+    """How a family's stock checkpoint looks.
+
+    Raises:
+        ValueError: nobody wrote that down for this model type.
+    """
+    if config.model_type not in LAYOUTS:
+        raise ValueError(
+            f"The stock checkpoint of model type '{config.model_type}' is not described in "
+            f"`lightning_moe/export/stock_layouts.py` (known: {', '.join(sorted(LAYOUTS))}). Export `ragged` or `nf4`, "
+            "or describe it there."
+        )
+    return LAYOUTS[config.model_type]
+
+
 def set_engine_fields(config: PretrainedConfig) -> None:
     """Gives a config the fields that engines read and transformers does without, in place.
 
     A count of multi-token prediction layers becomes 0: their tensors are not part of the model, and llama.cpp's
     converter would wait for them.
     """
-    layout = LAYOUTS[config.model_type]
+    layout = layout_of(config)
     for name, value in layout.fields.items():
         if vars(config).get(name) is None:
             setattr(config, name, value)
@@ -52,7 +67,7 @@ def check_stock_keys(folder: str | Path, *, config: PretrainedConfig) -> tuple[t
         NotReproducedError: names the first tensor that is missing, unknown or of another shape, or the first config
             field that says something else.
     """
-    layout = LAYOUTS[config.model_type]
+    layout = layout_of(config)
     _check_fields(read_json(Path(folder) / "config.json", what="model config"), config=config, folder=folder)
     found: dict[str, tuple[int, ...]] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
@@ -74,7 +89,7 @@ def check_stock_keys(folder: str | Path, *, config: PretrainedConfig) -> tuple[t
 
 
 def _check_fields(content: Mapping[str, Any], *, config: PretrainedConfig, folder: str | Path) -> None:
-    layout, sizes = LAYOUTS[config.model_type], sizes_of(config)
+    layout, sizes = layout_of(config), sizes_of(config)
     wanted: dict[str, Any] = {
         "architectures": [layout.architecture],
         layout.expert_count: sizes["E"],
@@ -97,7 +112,7 @@ def _check_fields(content: Mapping[str, Any], *, config: PretrainedConfig, folde
 
 def expected_shapes(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Shapes by published name: of tensors that must be there, and of those that may."""
-    layout, sizes = LAYOUTS[config.model_type], sizes_of(config)
+    layout, sizes = layout_of(config), sizes_of(config)
     required: dict[str, tuple[str | int, ...]] = {"model.embed_tokens.weight": ("V", "H"), "model.norm.weight": ("H",)}
     optional: dict[str, tuple[str | int, ...]] = {}
     if not config.tie_word_embeddings:

@@ -1,6 +1,7 @@
 """Which stored tensors become which weights of a model, and whether they can."""
 
 import logging
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -162,6 +163,34 @@ def check_layers(num_layers: int, *, tensors: Mapping[str, LazyTensor], source: 
         raise ValueError(
             f"config.json of '{source}' says `num_hidden_layers: {num_layers}`, but its files hold {len(tensors)} "
             "tensors in all. Write or download it again."
+        )
+
+
+def check_sizes(
+    keys: StoredKeys, *, tensors: Mapping[str, LazyTensor], state: Mapping[str, Tensor], source: str
+) -> None:
+    """Refuses a config of so much larger a model that what the files lack would take more memory than they have bytes.
+
+    A weight that is missing or has another shape is told after loading, for which transformers makes it.
+
+    Args:
+        keys: see `keys_by_name`.
+        tensors: what the files hold.
+        state: the model's weights, on any device; tied ones once.
+        source: named in the message.
+
+    Raises:
+        ValueError: see above.
+    """
+    held = {name: sum(math.prod(tensors[key].shape) for key in stored_keys(keys, name)) for name in state}
+    lacking = {name: weight for name, weight in state.items() if held[name] != weight.numel()}
+    total = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if sum(weight.numel() for weight in lacking.values()) > total:
+        name = max(lacking, key=lambda name: lacking[name].numel())
+        raise ValueError(
+            f"config.json of '{source}' is of a larger model than its files: '{name}' has shape "
+            f"{tuple(lacking[name].shape)} there, and the files hold {held[name]} numbers for it. Write or download it "
+            "again."
         )
 
 

@@ -7,6 +7,7 @@ A family says which class is its MoE block and what sits inside it. Nothing here
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -63,6 +64,17 @@ class Family:
 
 _BIASED = {"weight": 0, "e_score_correction_bias": 0}
 _LATENT_ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+# Sigmoid scores, a bias for the choice alone, groups ranked by their two best experts, one shared expert beside them.
+_routed_as_deepseek_v3 = partial(
+    Family,
+    shared_experts=("shared_experts",),
+    router_rows=_BIASED,
+    selection_bias="e_score_correction_bias",
+    score="sigmoid",
+    router_groups="top2_sum",
+    expert_count="n_routed_experts",
+    shared_count="n_shared_experts",
+)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -114,29 +126,12 @@ FAMILIES: dict[str, Family] = {
             expert_count="n_routed_experts",
             shared_count="n_shared_experts",
         ),
-        Family(
+        _routed_as_deepseek_v3(
             model_type="deepseek_v3",
             block_class="deepseek_v3.modeling_deepseek_v3.DeepseekV3MoE",
-            shared_experts=("shared_experts",),
             attention=_LATENT_ATTENTION,
-            router_rows=_BIASED,
-            selection_bias="e_score_correction_bias",
-            score="sigmoid",
-            router_groups="top2_sum",
-            expert_count="n_routed_experts",
-            shared_count="n_shared_experts",
         ),
-        Family(
-            model_type="glm4_moe",
-            block_class="glm4_moe.modeling_glm4_moe.Glm4MoeMoE",
-            shared_experts=("shared_experts",),
-            router_rows=_BIASED,
-            selection_bias="e_score_correction_bias",
-            score="sigmoid",
-            router_groups="top2_sum",
-            expert_count="n_routed_experts",
-            shared_count="n_shared_experts",
-        ),
+        _routed_as_deepseek_v3(model_type="glm4_moe", block_class="glm4_moe.modeling_glm4_moe.Glm4MoeMoE"),
         Family(
             model_type="ernie4_5_moe",
             block_class="ernie4_5_moe.modeling_ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock",
@@ -156,6 +151,27 @@ REFUSED: dict[str, str] = {
     "llama4_text": "its experts do not follow transformers' common experts signature",
     "dbrx": "its experts do not follow transformers' common experts signature",
 }
+
+
+def register_family(family: Family) -> None:
+    """Adds a family of your own, for this process; `lightning_moe.models.declaration.check_family` checks it.
+
+    Raises:
+        ValueError: the model type is declared otherwise or refused already, or transformers has no such class.
+    """
+    if FAMILIES.get(family.model_type) == family:
+        return
+    if family.model_type in {**FAMILIES, **REFUSED}:
+        state = "declared" if family.model_type in FAMILIES else "refused"
+        raise ValueError(f"Model type '{family.model_type}' is {state} already, in `lightning_moe/models/families.py`.")
+    try:
+        family.load_block_class()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`block_class` must be the dotted path of a class below `transformers.models`, such as "
+            f"'qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock', got '{family.block_class}': {error}."
+        ) from error
+    FAMILIES[family.model_type] = family
 
 
 def is_moe(config: PretrainedConfig) -> bool:

@@ -26,7 +26,8 @@ from lightning_moe.models.checkpoint_checks import (
     warn_of_dropped,
 )
 from lightning_moe.models.discovery import MoeLayer, decoder_names, moe_layers
-from lightning_moe.models.loading import DtypeName, clear_errors
+from lightning_moe.models.loading import DtypeName
+from lightning_moe.models.sources import clear_errors
 from lightning_moe.models.stored_tensors import LazyTensor, Part
 
 # transformers' own switch: it reads in four threads without it.
@@ -109,7 +110,7 @@ class LayerFolder(ABC):
             if layer.block_name.rpartition(".")[0] == name:
                 self._load_experts(layer)
         self.load(name)
-        self._compute_buffers(name)
+        compute_buffers(self.model, module_name=name)
 
     @abstractmethod
     def _load_experts(self, layer: MoeLayer) -> None:
@@ -132,7 +133,7 @@ class LayerFolder(ABC):
 
     def compute_buffers(self) -> None:
         """Computes on the CPU the buffers that no checkpoint holds (those of rotary embeddings)."""
-        self._compute_buffers("")
+        compute_buffers(self.model)
 
     def finish(self) -> PreTrainedModel:
         """Loads what is left, ties shared weights and computes the buffers that no checkpoint holds.
@@ -178,11 +179,6 @@ class LayerFolder(ABC):
         groups = ({source, *(target for target in tied if tied[target] == source)} for source in set(tied.values()))
         return sorted(other for group in groups if name in group for other in group - {name})
 
-    def _stored_name(self, name: str) -> str:
-        """The name under which a weight is stored: a tied one may have another there."""
-        names = (self.model.all_tied_weights_keys.get(name, name), name, *self._tied_to(name))
-        return next((own for own in names if own in self._keys), name)
-
     def _share_tied(self) -> None:
         for target, source in self.model.all_tied_weights_keys.items():
             one, other = self.model.get_parameter(target), self.model.get_parameter(source)
@@ -191,17 +187,19 @@ class LayerFolder(ABC):
                 _set_parameter(self.model, target, value)
                 _set_parameter(self.model, source, value)
 
-    def _compute_buffers(self, module_name: str) -> None:
-        computed = {
-            name.rpartition(".")[0]
-            for name, buffer in self.model.named_non_persistent_buffers()
-            if buffer.is_meta and below(module_name, name)
-        }
-        for module in map(self.model.get_submodule, computed):
-            for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-            with torch.no_grad():
-                self.model._init_weights(module)
+
+def compute_buffers(model: PreTrainedModel, *, module_name: str = "") -> None:
+    """Fills, below a module ("" is the whole model), what no file holds: such as frequencies of rotary embeddings."""
+    computed = {
+        name.rpartition(".")[0]
+        for name, buffer in model.named_non_persistent_buffers()
+        if buffer.is_meta and below(module_name, name)
+    }
+    for module in map(model.get_submodule, computed):
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        with torch.no_grad():
+            model._init_weights(module)
 
 
 def below(module_name: str, name: str) -> bool:

@@ -54,7 +54,7 @@ class Fp8Tensor(LazyTensor):
         return self.weight.shape
 
     def read_rows(self, first: int, last: int, *, into: Tensor) -> None:
-        """Reads codes and factors, multiplies in fp32 and rounds once to the type of `into`."""
+        """Reads codes and factors, multiplies in fp32 and rounds once to the type of `into`, of the rows' shape."""
         codes = torch.empty(into.shape, dtype=self.weight.dtype)
         self.weight.read_rows(first, last, into=codes)
         scale = torch.empty(self.scale.shape, dtype=self.scale.dtype)
@@ -78,7 +78,7 @@ def dequantise(codes_RC: Tensor, *, scale: Tensor, block: tuple[int, int] | None
     while start < num_rows:
         index = (first + start) // block_rows
         stop = min(num_rows, (index + 1) * block_rows - first)
-        scale_C = scale[index].float().repeat_interleave(block_columns)[:num_columns]
+        scale_C = scale[index].float().repeat_interleave(min(block_columns, num_columns))[:num_columns]
         into[start:stop] = codes_RC[start:stop].float() * scale_C
         start = stop
 

@@ -1,28 +1,26 @@
 """Load a language model by folder, shipped asset or hub name."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 import lightning_moe.models.deepseek  # noqa: F401  (registers the model type)
-from lightning_moe.assets import resolve_asset
-from lightning_moe.files import read_json
+from lightning_moe.files import one_line, read_json
 from lightning_moe.models.checkpoint_checks import (
     check_complete,
     check_joined,
+    check_layers,
     check_parts,
     check_range,
+    check_sizes,
     check_tied,
     check_types,
     dropped_keys,
@@ -32,7 +30,8 @@ from lightning_moe.models.checkpoint_checks import (
 )
 from lightning_moe.models.families import FAMILIES, REFUSED, family_of
 from lightning_moe.models.fp8 import dequantised, is_fp8, quantization_of, without_quantization
-from lightning_moe.models.stored_tensors import LazyTensor, Part, open_files
+from lightning_moe.models.sources import clear_errors, find_file, is_local, location_of, open_source, weight_files
+from lightning_moe.models.stored_tensors import LazyTensor, Part
 from lightning_moe.progress import quiet_transformers
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -45,7 +44,18 @@ _COUNTS = (
     "vocab_size",
     "moe_intermediate_size",
 )
+# More than any model has, and few enough that a config alone cannot take much memory: names, widths, layers.
+_LARGEST_COUNT, _LARGEST_LAYERS, _LARGEST_EXPERTS = 2**31 - 1, 1000, 2**16
 _ANEW = "Write or download it again."
+_CONFIG_ERRORS = (
+    StrictDataclassError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 def load_model(
@@ -69,12 +79,16 @@ def load_model(
             scratch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
             with config_errors(source):
                 return AutoModelForCausalLM.from_config(config, dtype=scratch_dtype)
-        is_local = _looks_like_a_path(source)
-        tensors = open_source(source)[0] if is_local or is_fp8(config) else {}
+        local = is_local(source)
+        tensors = open_source(source)[0] if local or is_fp8(config) else {}
         if is_fp8(config):
             return _load_fp8(source, config=config, tensors=tensors, dtype=dtype)
-        location = _location(source)
+        location = location_of(source)
+        if local:
+            generation_config_of(source)  # which transformers reads last, and without a word on what is wrong
         with joining_errors(config, tensors=tensors):
+            if local:
+                _check_sizes(config, tensors=tensors, source=source)
             return _load_whole(
                 location, tensors=tensors, pretrained_model_name_or_path=location, dtype=torch_dtype(dtype)
             )
@@ -92,14 +106,29 @@ def read_config(source: str, *, any_family: bool = False) -> PretrainedConfig:
         ValueError: there is no such folder, its config cannot be read, or the family is not supported.
     """
     with clear_errors(source):
-        location = _location(source)
-        if _looks_like_a_path(source):
+        location = location_of(source)
+        if is_local(source):
             read_json(Path(location) / "config.json", what="model config")
         with config_errors(source):
-            config = AutoConfig.from_pretrained(location)
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    _check_quantization(config, source=source)
     if not any_family or config.get_text_config().model_type in {*REFUSED, *FAMILIES}:
         check_values(config, source=source)
     return config
+
+
+def _check_quantization(config: PretrainedConfig, *, source: str) -> None:
+    found: object = config.to_dict().get("quantization_config")
+    if found is not None and not (isinstance(found, dict) and isinstance(found.get("quant_method"), str)):
+        raise ValueError(
+            f"{_unusable(source)}: `quantization_config` must be a mapping with a text `quant_method`, got "
+            f"{found!r:.60}. {_ANEW}"
+        )
+
+
+def implementations(config: PretrainedConfig) -> dict[str, str | None]:
+    """Which code of transformers runs attention (`attn`) and `experts`; None: it has not been chosen yet."""
+    return {"attn": config._attn_implementation, "experts": config._experts_implementation}
 
 
 def check_values(config: PretrainedConfig, *, source: str) -> None:
@@ -115,80 +144,31 @@ def check_values(config: PretrainedConfig, *, source: str) -> None:
     text = config.get_text_config()
     experts = family_of(text).expert_count
     values = text.to_dict() | {experts: getattr(text, experts)}  # it may be the other name of another field
+    largest = {"num_hidden_layers": _LARGEST_LAYERS, experts: _LARGEST_EXPERTS}
     for name in (*_COUNTS, experts):
-        value = values.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{_unusable(source)}: `{name}` must be an integer above 0, got {value!r}. {_ANEW}")
+        value, most = values.get(name, 1), largest.get(name, _LARGEST_COUNT)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(
+                f"{_unusable(source)}: `{name}` must be an integer above 0 and at most {most}, got "
+                f"{value!r:.40}. {_ANEW}"
+            )
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise ValueError(
+            f"{_unusable(source)}: `dtype` must be a type of PyTorch, such as 'bfloat16', got {config.dtype!r:.40}. "
+            f"{_ANEW}"
+        )
+    for name, kernel in implementations(text).items():
+        if kernel is not None and not str(kernel).isidentifier():  # `owner/name` is compiled code on the hub
+            raise ValueError(
+                f"{_unusable(source)}: `{name}_implementation` must be one of transformers' own, such as 'sdpa', got "
+                f"{kernel!r:.60}. Remove it: a checkpoint does not choose the code that runs it."
+            )
     activation = values.get("hidden_act", "silu")
-    if activation not in ACT2FN:
+    if not isinstance(activation, str) or activation not in ACT2FN:
         raise ValueError(
             f"{_unusable(source)}: `hidden_act` must be an activation that transformers knows, such as 'silu', got "
             f"{activation!r}. {_ANEW}"
         )
-
-
-def find_file(source: str, name: str) -> Path | None:
-    """Where a file of a source is on this machine (a hub's is downloaded); None if it has no such file."""
-    with clear_errors(source):
-        found = cached_file(_location(source), name, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
-
-
-def weight_files(source: str) -> list[Path]:
-    """The safetensors files that `from_pretrained` reads; none where the weights are stored in another way.
-
-    Raises:
-        ValueError: a shard is missing, or their index is damaged.
-    """
-    single = find_file(source, "model.safetensors")
-    if single is not None:
-        return [single]
-    index = find_file(source, "model.safetensors.index.json")
-    if index is None:
-        return []
-    read_index(index)
-    with clear_errors(source):
-        return [Path(file) for file in get_checkpoint_shard_files(_location(source), str(index))[0]]
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """File of each stored tensor, from an index of shards.
-
-    Raises:
-        ValueError: it is not what transformers relies on, or names a file outside its folder.
-    """
-    index = read_json(path, what="index of shards")
-    parts = index if isinstance(index, dict) else {}
-    files = parts.get("weight_map")
-    is_map = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())
-    if not isinstance(files, dict) or not is_map or not isinstance(parts.get("metadata"), dict):
-        raise ValueError(
-            f"'{path}' is not an index of shards: it must hold `weight_map`, a file name for each weight, and "
-            "`metadata`, a mapping. Write or download it again."
-        )
-    for name in files.values():
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\\" in name:
-            raise ValueError(f"'{path}' names a file outside its folder: {name!r}. Do not use this checkpoint.")
-    return files
-
-
-def open_source(source: str) -> tuple[dict[str, LazyTensor], str]:
-    """The stored tensors of a source, of which nothing is read yet, and a digest of its config and files.
-
-    Raises:
-        ValueError: see `open_files`; or a shard is missing, or their index is damaged.
-    """
-    files, config = weight_files(source), find_file(source, "config.json")
-    assert config is not None
-    if not files:
-        raise ValueError(
-            f"'{source}' has no safetensors files. Weights in other files (`*.bin`, `*.pt`) are not read: they could "
-            "run code. Whoever trusts them converts them with `AutoModelForCausalLM.from_pretrained(FOLDER)"
-            ".save_pretrained(OTHER_FOLDER)`."
-        )
-    index = files[0].with_name("model.safetensors.index.json") if files[0].name != "model.safetensors" else None
-    tensors, digest = open_files(files, index=index)
-    return tensors, hashlib.sha256(config.read_bytes() + digest.encode()).hexdigest()
 
 
 def is_stock(source: str, *, config: PretrainedConfig) -> bool:
@@ -208,14 +188,28 @@ def can_stream(source: str) -> bool:
 
 
 def generation_config_of(source: str) -> GenerationConfig:
-    """The one `from_pretrained` takes: made of the model's config where there is none or it cannot be read."""
-    find_file(source, "generation_config.json")  # downloads it
+    """The one `from_pretrained` takes: made of the model's config where there is none or it cannot be read.
+
+    Raises:
+        ValueError: it holds values that are none of a generation config.
+    """
+    own = find_file(source, "generation_config.json")  # downloads it
     config = find_file(source, "config.json")
     assert config is not None
     try:
-        return GenerationConfig.from_pretrained(config.parent)
+        return _generation_config(config.parent)
+    except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"'{own or config}' holds a value that generation cannot be set up with: {type(error).__name__}: "
+            f"{one_line(error)}. {_ANEW}"
+        ) from error
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
     except OSError:
-        return GenerationConfig.from_pretrained(config.parent, "config.json", _from_model_config=True)
+        return GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
 
 
 @contextmanager
@@ -225,12 +219,17 @@ def config_errors(source: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (StrictDataclassError, AttributeError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{_unusable(source)}: {type(error).__name__}: {error}. {_ANEW}") from error
+    except _CONFIG_ERRORS as error:
+        raise ValueError(f"{_unusable(source)}: {type(error).__name__}: {one_line(error)}. {_ANEW}") from error
     except ValueError as error:
+        supported = ", ".join(sorted(FAMILIES))
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"'{source}' brings code of its own (`auto_map` in its config.json), which is not run. Supported here: "
+                f"{supported}."
+            ) from error
         if "does not recognize this architecture" not in str(error):
             raise
-        supported = ", ".join(sorted(FAMILIES))
         raise ValueError(f"'{source}': {str(error).splitlines()[0]} Supported here: {supported}.") from error
 
 
@@ -261,29 +260,6 @@ def joining_errors(config: PretrainedConfig, *, tensors: Mapping[str, LazyTensor
         raise
 
 
-@contextmanager
-def clear_errors(source: str) -> Iterator[None]:
-    """What transformers raises for a bad folder becomes a ValueError that names it; lack of memory stays what it is."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"The model '{source}' cannot be loaded: {error}") from error
-
-
-def _location(source: str) -> str:
-    """The folder of a source, or its hub name."""
-    if not _looks_like_a_path(source):
-        return source
-    path = Path(resolve_asset(source)).expanduser()
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"There is no model at '{source}': no folder with a config.json. A name on the hub is `owner/name`."
-        )
-    return str(path)
-
-
 def _load_whole(
     source: str, *, tensors: Mapping[str, LazyTensor], model_class: Any = AutoModelForCausalLM, **settings: Any
 ) -> PreTrainedModel:
@@ -305,18 +281,34 @@ def _load_whole(
     return model
 
 
+def _check_sizes(config: PretrainedConfig, *, tensors: Mapping[str, LazyTensor], source: str) -> PreTrainedModel:
+    """Compares the config with the headers of the files, before transformers takes memory for what is missing there.
+
+    Returns:
+        The model, on the meta device.
+    """
+    check_layers(config.get_text_config().num_hidden_layers, tensors=tensors, source=source)
+    with torch.device("meta"), config_errors(source):
+        model = AutoModelForCausalLM.from_config(deepcopy(config))
+    if quantization_of(config):  # its quantizer compares what it makes of the model
+        return model
+    keys = keys_by_name(model, keys=tensors, conversions=get_model_conversion_mapping(model))
+    state = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    check_sizes(keys, tensors=tensors, state=state, source=source)
+    return model
+
+
 def _load_fp8(
     source: str, *, config: PretrainedConfig, tensors: Mapping[str, LazyTensor], dtype: DtypeName
 ) -> PreTrainedModel:
     """The model that an 8-bit checkpoint was quantised from, tensor by tensor."""
     tensors = dequantised(tensors, config=config, type_name="F32" if dtype == "float32" else "BF16")
     config = without_quantization(config)
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
+    skeleton = _check_sizes(config, tensors=tensors, source=source)
     model = _load_whole(
         source,
         tensors=tensors,
-        model_class=model_class,
+        model_class=type(skeleton),
         pretrained_model_name_or_path=None,
         config=config,
         state_dict={key: Part(tensor=tensor, dtype=tensor.dtype) for key, tensor in tensors.items()},
@@ -325,8 +317,3 @@ def _load_fp8(
     model.config.name_or_path = config.name_or_path
     model.generation_config = generation_config_of(source)
     return model
-
-
-def _looks_like_a_path(source: str) -> bool:
-    """Whether a source can only mean a local folder (a hub name is `owner/name`)."""
-    return source.startswith((".", "/", "~", "asset:")) or source.count("/") != 1 or Path(source).exists()

@@ -29,6 +29,10 @@ def product(left_mk: Tensor, right_kn: Tensor) -> Tensor:
     """`left @ right` for `[m, k]` and `[k, n]` (any strides); differentiable in reverse mode.
 
     Equal to `torch.mm` up to the order of the sums, on every device and for every type.
+
+    Examples:
+        >>> product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])).tolist()
+        [[11.0]]
     """
     if _is_sum_of_rows(left_mk, right_kn):
         return _sum_of_rows(left_mk, right_kn)

@@ -43,7 +43,7 @@ class RouterOutput:
         return never_E if self.masked_E is None else never_E | self.masked_E
 
     def probability(self) -> Tensor:
-        """Float32 (or float64) probabilities over the experts that are left; evicted ones have 0.
+        """Float32 (or float64) probabilities `[T, E]` over the experts that are left; evicted ones have 0.
 
         Sigmoid scores are divided by their sum over the experts.
         """

@@ -1,6 +1,6 @@
 """Routers of cut models: rows leave with their experts; grouped routers keep their rows and mask them.
 
-T tokens, E experts, K experts per token, G groups.
+T tokens, E experts, K experts per token, G groups, H hidden.
 """
 
 from collections.abc import Sequence
@@ -56,12 +56,12 @@ def without_adapter(module: nn.Module) -> nn.Module:
 
 
 def row_tensor(router: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of the router by its dotted name."""
+    """A parameter or buffer of the router by its dotted name; one dimension of its shape counts experts."""
     return (dict(router.named_parameters()) | dict(router.named_buffers()))[name]
 
 
 def set_row_tensor(router: nn.Module, name: str, value: Tensor) -> None:
-    """Replaces a parameter (same `requires_grad`) or a buffer of the router by `value`."""
+    """Replaces a parameter (same `requires_grad`) or a buffer of the router by `value`, of any shape."""
     owner_name, _, leaf = name.rpartition(".")
     owner = router.get_submodule(owner_name)
     old = row_tensor(router, name)

@@ -23,7 +23,7 @@ class RowSelection:
 
 
 def select_parameter(old: nn.Parameter, index: Tensor, *, dim: int = 0) -> RowSelection:
-    """A new parameter with these entries of `dim`, as trainable as the old one."""
+    """A new parameter with these entries `[n]` of `dim`, as trainable as the old one."""
     index = index.to(old.device)
     new = nn.Parameter(old.detach().index_select(dim, index), requires_grad=old.requires_grad)
     return RowSelection(old=old, new=new, dim=dim, index=index)

@@ -67,7 +67,7 @@ class StoredTensor(LazyTensor):
     stamp: tuple[int, int]
 
     def read_rows(self, first: int, last: int, *, into: Tensor) -> None:
-        """Plain reads of these rows alone: no page of a mapped file stays in the process's memory."""
+        """Plain reads of these rows alone, in the shape of `into`: no page of a mapped file stays in memory."""
         row_bytes = math.prod(self.shape[1:]) * into.element_size()
         target = memoryview(into.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         with open(self.file, "rb", buffering=0) as file:

@@ -1,4 +1,6 @@
-"""Load a stock checkpoint part by part, into a model that takes no memory before.  E experts of a layer.
+"""Load a stock checkpoint part by part, into a model that takes no memory before.
+
+E experts of a layer, C channels of all of them, H hidden.
 
 transformers decides what the model consists of (`from_pretrained` on the meta device) and how stored tensors become its
 own (its conversion mapping), so what is loaded here equals what `from_pretrained` loads, bit for bit.
@@ -28,15 +30,14 @@ from lightning_moe.models.folders import LayerFolder, silent_transformers
 from lightning_moe.models.fp8 import dequantised, is_fp8, without_quantization
 from lightning_moe.models.loading import (
     DtypeName,
-    clear_errors,
     config_errors,
     generation_config_of,
     is_stock,
     joining_errors,
-    open_source,
     read_config,
     torch_dtype,
 )
+from lightning_moe.models.sources import clear_errors, open_source
 from lightning_moe.models.stored_tensors import LazyTensor
 
 _FUSED = ("gate_up_proj", "down_proj")

@@ -63,7 +63,7 @@ def pack_linear(linear: nn.Linear) -> Linear4bit:
 
 
 def dense_weight(linear: nn.Module) -> torch.Tensor:
-    """The weight of a Linear layer in fp32, dequantised where it is packed."""
+    """The weight `[n, m]` of a Linear layer in fp32, dequantised where it is packed."""
     weight = linear.get_parameter("weight")
     if isinstance(weight, Params4bit):
         return dequantize_4bit(weight.data, weight.quant_state).float()

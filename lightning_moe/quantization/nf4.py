@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_moe.models.channel_experts import PROJECTIONS, ChannelExperts, DenseRows, RowLoader, RowStorage
 from lightning_moe.quantization.rounding import BLOCK_SIZE, quantize_rows
@@ -85,12 +86,19 @@ class PackedRows(RowStorage):
         return self.rows(offset + start, offset + stop, dtype)
 
     def select(self, index_C: Tensor) -> "PackedRows":
-        """A new module with the rows of `index_C`, in that order, bit for bit."""
+        """A new module with the rows of `index_C`, in that order, bit for bit.
+
+        Examples:
+            >>> packed = PackedRows.pack(torch.tensor([[1.0], [2.0], [4.0]]).expand(3, 64))
+            >>> packed.select(torch.tensor([2, 0])).rows(0, 2, torch.float32)[:, 0].tolist()
+            [4.0, 1.0]
+        """
         selected = PackedRows(len(index_C), self.hidden_size)
         for name, stored in self.named_parameters():
             selected.register_parameter(name, _frozen(stored.index_select(0, index_C)))
         return selected
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
         """Moves like any module, but `.to(dtype)` leaves the scales in fp32: rounding them would change the weights."""
         scale_C = self.scale.detach()

@@ -13,7 +13,7 @@ _SMALLEST = 1e-38  # of a block's largest value: what bitsandbytes divides a blo
 
 
 def check_finite(weight: Tensor, *, what: str, advice: str) -> None:
-    """Refuses NaN and infinity: 4-bit codes would spread them over their row, or hide them.
+    """Refuses NaN and infinity, in any shape: 4-bit codes would spread them over their row, or hide them.
 
     Raises:
         ValueError: `what` holds one; `advice` says what to do.
@@ -38,6 +38,11 @@ def quantize_rows(weight_CH: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: a row holds NaN or infinity.
+
+    Examples:
+        >>> codes, absmax_CB = quantize_rows(torch.tensor([[0.5, -0.5] * 32]))
+        >>> hex(codes[0, 0].item()), absmax_CB.tolist()  # 1 is the highest of 16 levels, -1 the lowest
+        ('0xf0', [[0.5]])
     """
     codes, absmax_CB = _quantize(weight_CH)
     largest = absmax_CB if weight_CH.device.type == "cpu" else weight_CH  # a GPU's maximum passes over NaN

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from lightning_moe.models.channel_experts import PROJECTIONS
 from lightning_moe.models.discovery import MoeLayer, decoder_names, expert_widths, is_grouped, layer_shape, moe_layers
-from lightning_moe.models.loading import DtypeName, clear_errors, config_errors, find_file, read_config
+from lightning_moe.models.loading import DtypeName, config_errors, generation_config_of, read_config
 from lightning_moe.models.routers import row_tensor
 from lightning_moe.models.saving import QUANT_METHOD
+from lightning_moe.models.sources import find_file
 from lightning_moe.quantization.linears import linears_to_pack
 from lightning_moe.quantization.nf4 import check_hidden_size
 from lightning_moe.quantization.stored import (
@@ -199,8 +200,7 @@ def generation_bytes(source: str) -> int | None:
     file = find_file(source, "generation_config.json")
     if file is None:
         return None
-    with clear_errors(source):
-        return _text_bytes(GenerationConfig.from_pretrained(file.parent))
+    return _text_bytes(generation_config_of(source))
 
 
 def sizes_of(

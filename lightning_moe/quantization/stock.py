@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from lightning_moe.models.loading import read_index
+from lightning_moe.models.sources import read_index
 from lightning_moe.quantization.stored import StoredTensor, as_stored, file_bytes
 
 

@@ -49,7 +49,7 @@ class StoredTensor:
 
 
 def as_stored(name: str, tensor: Tensor, *, dtype: torch.dtype | None = None) -> StoredTensor:
-    """A tensor (of the meta device, say) as it is stored, in its own type if `dtype` is None."""
+    """A tensor of any shape (of the meta device, say) as it is stored, in its own type if `dtype` is None."""
     return StoredTensor(name=name, dtype=tensor.dtype if dtype is None else dtype, shape=tuple(tensor.shape))
 
 
@@ -96,7 +96,13 @@ def packed_linear_tensors(name: str, *, shape: Sequence[int], dtype: torch.dtype
 
 
 def file_bytes(tensors: Iterable[StoredTensor]) -> int:
-    """Bytes of one safetensors file: eight for the length of the header, the header in whole eights, the numbers."""
+    """Bytes of one safetensors file: eight for the length of the header, the header in whole eights, the numbers.
+
+    Examples:
+        >>> tensor = StoredTensor(name="w", dtype=torch.bfloat16, shape=(3, 64))
+        >>> tensor.num_bytes, file_bytes([tensor]) - tensor.num_bytes  # 8 for the length, 91 of header in eights
+        (384, 104)
+    """
     begin, content = 0, {"__metadata__": {"format": "pt"}}
     for tensor in sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)):
         end = begin + tensor.num_bytes

@@ -36,7 +36,13 @@ class Statistic:
     optional: bool = False
 
     def size(self, layer: LayerShape, *, hidden_size: int) -> tuple[int, ...]:
-        """The tensor's shape in `layer`."""
+        """The tensor's shape in `layer`.
+
+        Examples:
+            >>> layer = LayerShape(name="experts", widths=(4, 2), top_k=1)
+            >>> [STATISTICS[name].size(layer, hidden_size=64) for name in ("count", "hidden_sq", "output_sum")]
+            [(2,), (6,), (2, 64)]
+        """
         sizes = {"C": layer.num_channels, "E": layer.num_experts, "H": hidden_size, "B": NUM_ENTROPY_BINS}
         return tuple(sizes[dim] for dim in self.dims)
 
@@ -182,6 +188,11 @@ class CalibrationStatistics:
 
         Raises:
             ValueError: the two come from different models, or a corpus of one lacks statistics that the other's have.
+
+        Examples:
+            >>> statistics = one_layer(widths=[4, 4], count=[7, 2])
+            >>> statistics.merge(statistics).total()[0]["count"].tolist()
+            [14.0, 4.0]
         """
         if self.shape != other.shape:
             raise ValueError("Statistics of models of different shape cannot be merged. Calibrate the same model.")

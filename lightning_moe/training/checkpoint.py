@@ -38,6 +38,8 @@ def noted_structure(checkpoint: Mapping[str, Any]) -> ModelStructure | None:
         ValueError: it is damaged, or another version of lightning_moe wrote it.
     """
     content = checkpoint.get(CHECKPOINT_KEY, {})
+    if not isinstance(content, Mapping):
+        raise ValueError(f"The checkpoint is damaged: `{CHECKPOINT_KEY}` in it is no mapping, but {content!r:.60}.")
     if "structure" not in content:
         return None
     try:
@@ -105,7 +107,8 @@ def complete_state(checkpoint: dict[str, Any], *, module: nn.Module, model: PreT
             f"The checkpoint holds other adapters than the model: '{odd[0]}' is {shapes.get(odd[0])} there and "
             f"{learned.get(odd[0])} here (None: absent). Resume with the callbacks and settings it was trained with."
         )
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    # Tied weights under each of their names, as `state_dict` has them.
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     checkpoint["state_dict"] = {name: own[name] for name in module.state_dict() if name in own} | stored
 
 

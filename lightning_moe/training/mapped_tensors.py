@@ -19,7 +19,7 @@ _TYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
 
 def map_tensor(stored: LazyTensor) -> Tensor:
-    """A private map of one tensor alone: a page is copied where it is written to, and all are given up with it.
+    """A private map of one tensor alone, in its shape: a page is copied where it is written to, all go with it.
 
     Raises:
         ValueError: the file is not what it was when it was opened.

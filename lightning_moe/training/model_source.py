@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -69,7 +69,12 @@ class ModelSource:
             shard_model(model, mesh=mesh, fill=self._fill)
 
 
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The trainer that runs a module, if one does."""
+    return module._trainer
+
+
 def processes_of(module: LightningModule) -> Processes:
     """Those of the trainer that runs a module; without one, as in `load_from_checkpoint`, this process alone."""
-    trainer = module._trainer
+    trainer = trainer_of(module)
     return ALONE if trainer is None else Processes(rank=trainer.global_rank, size=trainer.world_size)

@@ -28,8 +28,9 @@ from lightning_moe.export.outline import write_configs
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.models.fp8 import is_fp8, quantization_of
-from lightning_moe.models.loading import DtypeName, find_file, load_model, open_source, read_config
+from lightning_moe.models.loading import DtypeName, load_model, read_config
 from lightning_moe.models.saving import QUANT_METHOD
+from lightning_moe.models.sources import find_file, open_source
 from lightning_moe.models.stored_tensors import StoredTensor
 from lightning_moe.training.mapped_tensors import ALIGNMENT, write_mappable
 

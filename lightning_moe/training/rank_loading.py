@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from lightning_moe.export.folders import RaggedFolder
 from lightning_moe.models.channel_experts import ChannelExperts, RowStorage
+from lightning_moe.models.folders import compute_buffers
 from lightning_moe.models.fp8 import quantization_of
-from lightning_moe.models.loading import DtypeName, open_source, read_config, weight_files
+from lightning_moe.models.loading import DtypeName, read_config
 from lightning_moe.models.saving import QUANT_METHOD, save_with_widths
+from lightning_moe.models.sources import open_source, weight_files
 from lightning_moe.quantization.nf4 import PackedRows
 from lightning_moe.training.mapped_tensors import map_tensor
 
@@ -95,7 +97,7 @@ class RankLoader:
                 self._fill_own(module, prefix=f"{name}." if name else "")
         tied = model.all_tied_weights_keys
         model.tie_weights(missing_keys={*tied, *tied.values()} - set(self._stored), recompute_mapping=False)
-        _compute_buffers(model)
+        compute_buffers(model)
 
     def _fill_own(self, module: nn.Module, *, prefix: str) -> None:
         """The parameters and buffers of one module that are on the meta device and in the files."""
@@ -125,16 +127,6 @@ def drawn_later(model: nn.Module) -> Iterator[None]:
     waits = any(parameter.is_meta for parameter in model.parameters())
     with torch.random.fork_rng(devices=[]) if waits else nullcontext():
         yield
-
-
-def _compute_buffers(model: PreTrainedModel) -> None:
-    """Those that no file holds, such as the frequencies of rotary embeddings."""
-    computed = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
-    for module in map(model.get_submodule, computed):
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-        with torch.no_grad():
-            model._init_weights(module)
 
 
 def _draw_adapters(layer: LoraLayer, *, model: PreTrainedModel) -> None:

@@ -64,7 +64,11 @@ class TeacherManifest:
         expected = {field.name: types.get(field.name, int) for field in fields(cls)}
         found = content if isinstance(content, dict) else {}
         odd = [name for name, kind in expected.items() if not isinstance(found.get(name), kind)]
-        whole = not odd and found.keys() == expected.keys() and found["shard_rows"] > 0
+        if not odd:
+            odd = [name for name, kind in expected.items() if kind is int and not _is_count(found[name])]
+            odd += ["num_rows"] * (not all(map(_is_count, found["num_rows"].values())))
+            odd += ["corpora"] * (not all(map(_is_digest, found["corpora"].values())))
+        whole = not odd and found.keys() == expected.keys()
         if not whole or found["corpora"].keys() != found["num_rows"].keys():
             raise ValueError(
                 f"'{folder}/manifest.json' is not a manifest of teacher logits: {odd[:3] or sorted(found)} do not fit. "
@@ -89,8 +93,21 @@ class TeacherManifest:
 
     def shards(self, corpus: str) -> dict[int, str]:
         """First row -> file name, for each shard of a corpus."""
-        digest, num_rows = self.corpora[corpus], self.num_rows[corpus]
-        return {first: f"{digest[:16]}-{first:08d}.safetensors" for first in range(0, num_rows, self.shard_rows)}
+        rows = range(0, self.num_rows[corpus], self.shard_rows)
+        return {first: self.shard_name(corpus, first=first) for first in rows}
+
+    def shard_name(self, corpus: str, *, first: int) -> str:
+        """File of the shard that begins with row `first`."""
+        return f"{self.corpora[corpus][:16]}-{first:08d}.safetensors"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**62
+
+
+def _is_digest(value: object) -> bool:
+    """SHA-256 in hexadecimal: it becomes part of a file's name."""
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def rows_digest(rows: Rows) -> str:
@@ -144,7 +161,8 @@ class TeacherLogits:
 
     def _open_all(self, corpus: str) -> Iterator[tuple[int, LazyTensors]]:
         manifest = self.manifest
-        for first, name in manifest.shards(corpus).items():
+        for first in range(0, manifest.num_rows[corpus], manifest.shard_rows):  # the first that is missing ends it
+            name = manifest.shard_name(corpus, first=first)
             if not (self.folder / name).exists():
                 raise ValueError(
                     f"The teacher logits in '{self.folder}' are not complete: {name} of corpus '{corpus}' is missing. "
@@ -197,7 +215,8 @@ def open_shard(path: Path, *, rows: range) -> LazyTensors:
         ValueError: it is missing or damaged, or holds other rows.
     """
     tensors, _ = open_tensors(path, what="shard of teacher logits")
-    if set(tensors) != {name for index in rows for name in (token_name(index), log_prob_name(index))}:
+    own = (name for index in rows for name in (token_name(index), log_prob_name(index)))
+    if len(tensors) != 2 * len(rows) or set(tensors) != set(own):
         raise ValueError(f"'{path}' does not hold rows {rows[0]} to {rows[-1]}. Write it again.")
     return tensors
 
