@@ -1,7 +1,7 @@
 """Files shipped with the package: the small model, its tokenizer and texts of five domains (licences: `README.md`)."""
 
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 ASSET_PREFIX = "asset:"
 
@@ -10,8 +10,14 @@ def asset_path(name: str) -> Path:
     """Return the path of a shipped file or folder, such as `small_moe` or `text/code/heldout.jsonl`.
 
     Raises:
-        ValueError: Nothing of this name is shipped.
+        ValueError: Nothing of this name is shipped, or it leads out of the package.
     """
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or not name.isprintable() or "\\" in name:
+        raise ValueError(
+            f"{ASSET_PREFIX}{name!r} leads out of the package: an asset is a shipped file or folder, without `..` or "
+            "a leading slash. Name a file of yours without the prefix."
+        )
     root = Path(str(resources.files(__name__)))
     path = root / name
     if not path.exists():

@@ -1,6 +1,6 @@
 """How the routers use their experts: load, entropy and dead experts of every layer, added up over batches.
 
-T tokens, E experts of a layer, K experts per token.
+T tokens, E experts of a layer, K experts per token, H hidden.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +17,7 @@ from lightning_moe.calibration.observer import evaluating
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.models.router_logits import RouterOutput, watch_routers
 from lightning_moe.models.routers import row_tensor, without_adapter
+from lightning_moe.reporting.checks import check_known, check_mapping, check_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +58,27 @@ class LayerRouting:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()} | derived
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "LayerRouting":
-        """What `to_dict` made."""
+    def from_dict(cls, content: object, *, where: str) -> "LayerRouting":
+        """What `to_dict` made.
+
+        Args:
+            content: plain types.
+            where: what it is of, for messages.
+
+        Raises:
+            ValueError: something is missing or has the wrong kind.
+        """
+        layer = check_mapping(content, where=where)
+        loads, evicted = check_rows(layer, key="load", where=where), check_rows(layer, key="evicted", where=where)
+        places = [index for index in evicted if type(index) is int and 0 <= index < len(loads)]
+        if not loads or len(set(places)) < len(evicted):
+            raise ValueError(f"'evicted' of {where} must name different experts of its 'load', got {len(loads)} loads.")
+        by_expert = dict(enumerate(loads))
         return cls(
-            entropy=float(content["entropy"]),
-            load=tuple(content["load"]),
-            evicted=tuple(content["evicted"]),
-            num_tokens=int(content["num_tokens"]),
+            entropy=_finite(layer, key="entropy", where=where),
+            load=tuple(_finite(by_expert, key=index, where=f"'load' of {where}") for index in by_expert),
+            evicted=tuple(places),
+            num_tokens=int(_finite(layer, key="num_tokens", where=where)),
         )
 
 
@@ -89,15 +104,35 @@ class RoutingTable:
         return {"step": self.step, "corpora": corpora}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "RoutingTable":
-        """What `to_dict` made."""
+    def from_dict(cls, content: object, *, where: str = "the record of the routers") -> "RoutingTable":
+        """What `to_dict` made.
+
+        Args:
+            content: plain types.
+            where: what it is of, for messages.
+
+        Raises:
+            ValueError: something is missing or has the wrong kind.
+        """
+        table = check_mapping(content, where=where)
+        corpora = check_mapping(table.get("corpora"), where=f"'corpora' of {where}")
+        layers = {name: check_rows(corpora, key=name, where=where) for name in corpora}
+        if not all(layers.values()):
+            raise ValueError(f"Every corpus in 'corpora' of {where} needs layers, got none of {sorted(layers)[:8]}.")
         return cls(
-            step=int(content["step"]),
+            step=int(_finite(table, key="step", where=where)),
             corpora={
-                name: tuple(LayerRouting.from_dict(layer) for layer in layers)
-                for name, layers in content["corpora"].items()
+                name: tuple(LayerRouting.from_dict(layer, where=f"{str(name)!r} of {where}") for layer in own)
+                for name, own in layers.items()
             },
         )
+
+
+def _finite(content: Mapping[Any, Any], *, key: Any, where: str) -> float:
+    value = check_known(content, key=key, where=where)
+    if value is None:
+        raise ValueError(f"'{key}' of {where} must be a number, got null.")
+    return value
 
 
 def routing_sums(output: RouterOutput, *, counted_T: Tensor | None = None) -> dict[str, Tensor]:

@@ -15,18 +15,29 @@ from lightning_moe.evaluation.perplexity import evaluate_model
 from lightning_moe.files import read_json, write_json
 from lightning_moe.models.loading import DtypeName, load_model
 from lightning_moe.quantization.footprint import measure_footprint, missing_channels
+from lightning_moe.reporting.checks import check_known, check_mapping, check_number, check_share, check_text
 
 Stage = dict[str, Any]
 
+# Of a file name's 255 bytes; the others are for what is added to it.
+_LONGEST_NAME = 200
+_EXPORTS = ".exports"
+_KNOWN = ("bytes", "stored_params", "active_params", "seconds", "seconds_evaluation", "kl", "top1_agreement")
+
 
 def check_stage_name(name: str) -> str:
-    """The name of a row, which is also a file's.
+    """The name of a row, which is also a file's and a folder's.
 
     Raises:
-        ValueError: it is empty or not a plain file name.
+        ValueError: it is empty, too long, not a plain file name, or one that files of another kind have.
     """
-    if not name or Path(name).name != name:
+    is_plain = isinstance(name, str) and name.isprintable() and Path(name).name == name and "\\" not in name
+    if not is_plain or name in ("", ".."):  # pathlib says that each is its own last part
         raise ValueError(f"`name` of a stage must be a plain file name, got {name!r}.")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"`name` of a stage must have at most {_LONGEST_NAME} bytes, got {len(name.encode())}.")
+    if name.endswith(_EXPORTS):
+        raise ValueError(f"`name` of a stage cannot end in '{_EXPORTS}', got {name!r}: lists of exports end so.")
     return name
 
 
@@ -111,22 +122,48 @@ def load_stages(folder: str | Path) -> dict[str, Stage]:
     """All rows below `<folder>/stages`, by name.
 
     Raises:
-        ValueError: there is no row there, or a file is not a row.
+        ValueError: there is no row there, a file is not a row, or two have one name.
     """
-    files = [file for file in sorted(Path(folder).glob("stages/*.json")) if not file.name.endswith(".exports.json")]
+    files = stage_files(folder)
     if not files:
         raise ValueError(f"There are no rows of results below '{folder}/stages': run `compare` or `fit` first.")
-    rows = [load_row(file) for file in files]
-    return {row["name"]: row for row in rows}
+    rows: dict[str, Stage] = {}
+    for file in files:
+        row = load_row(file)
+        if row["name"] in rows:
+            raise ValueError(f"'{file}' and another file are both row {row['name']!r}. Delete one of them.")
+        rows[row["name"]] = row
+    return rows
+
+
+def stage_files(folder: str | Path) -> list[Path]:
+    """Files of rows below `<folder>/stages`, sorted."""
+    return [file for file in sorted(Path(folder).glob("stages/*.json")) if not file.stem.endswith(_EXPORTS)]
 
 
 def load_row(file: Path) -> Stage:
-    """One row.
+    """One row, its numbers checked.
 
     Raises:
-        ValueError: the file is not a row.
+        ValueError: the file is not a row; the message names the file and the field.
     """
     row = read_json(file, what="row of results")
     if not isinstance(row, dict) or not {"name", "nll", "prune_ratio"} <= row.keys():
         raise ValueError(f"'{file}' is not a row of results: it needs `name`, `nll` and `prune_ratio`. Delete it.")
+    where = f"'{file}'"
+    check_stage_name(check_text(row, key="name", where=where))
+    for key in ("nll", "prune_ratio"):
+        check_number(row, key=key, where=where)
+    check_share(row, key="prune_ratio", where=where)
+    for key in _KNOWN:
+        check_known(row, key=key, where=where)
+    for key in ("model", "digest"):
+        if key in row:
+            check_text(row, key=key, where=where)
+    losses = check_mapping(row.get("nll_per_corpus") or {}, where=f"'nll_per_corpus' of {where}")
+    for corpus in losses:
+        check_number(losses, key=corpus, where=f"'nll_per_corpus' of {where}")
+    tasks = check_mapping(row.get("tasks") or {}, where=f"'tasks' of {where}")
+    for task in tasks:
+        check_number(check_mapping(tasks[task], where=f"{task!r} of {where}"), key="acc", where=f"{task!r} of {where}")
     return row

@@ -29,11 +29,7 @@ def summarise(folder: str | Path, *, control: str = "control") -> dict[str, Any]
     rows = load_stages(folder)
     apart = ("dense", control)
     stages = [row for name, row in rows.items() if name not in apart and not name.startswith(f"{control}_")]
-    exports = [
-        result
-        for file in sorted(Path(folder).glob("stages/*.exports.json"))
-        for result in read_json(file, what="list of exports")
-    ]
+    exports = [row for file in sorted(Path(folder).glob("stages/*.exports.json")) for row in _exports(file)]
     return {
         "dense": rows.get("dense"),
         "stages": sorted(stages, key=lambda row: (row["prune_ratio"], row["name"])),
@@ -45,6 +41,13 @@ def summarise(folder: str | Path, *, control: str = "control") -> dict[str, Any]
         },
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
     }
+
+
+def _exports(file: Path) -> list[Any]:
+    rows = read_json(file, what="list of exports")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"'{file}' must be a list of exports, got {type(rows).__name__}. Delete it, or export again.")
+    return rows
 
 
 def recovered_share(rows: dict[str, Stage], *, before: str, after: str) -> dict[str, float]:

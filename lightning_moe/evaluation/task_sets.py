@@ -8,6 +8,7 @@ own.
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -144,8 +145,10 @@ def read_splits(folder: Path, *, splits: tuple[str, ...], local: LocalSet) -> Da
             read = {"test": _read_requests(folder / "requests.jsonl.gz")}
         else:
             read = {split: load_from_disk(str(folder / split), keep_in_memory=True) for split in splits}
-    except (OSError, EOFError, KeyError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        raise ValueError(f"The items in '{folder}' cannot be read: {error}. Install {PACKAGE} again.") from error
+    except (OSError, EOFError, LookupError, TypeError, ValueError, RecursionError, zlib.error) as error:
+        # pyarrow's errors are ValueErrors or OSErrors
+        told = " ".join(str(error).split())
+        raise ValueError(f"The items in '{folder}' cannot be read: {told}. Install {PACKAGE} again.") from error
     return DatasetDict({split: _with_columns(data, local=local) for split, data in read.items()})
 
 

@@ -42,7 +42,12 @@ class SlidingWindows:
         self.batch_size = batch_size
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """(begin, first predicted token, end) of every window."""
+        """(begin, first predicted token, end) of every window.
+
+        Examples:
+            >>> SlidingWindows(torch.arange(8), context=4, stride=2, batch_size=1).spans()
+            [(0, 0, 4), (2, 4, 6), (4, 6, 8)]
+        """
         length, end = len(self.token_T), min(self.context, len(self.token_T))
         spans = [(0, 0, end)]
         while end < length:

@@ -6,7 +6,12 @@ from torch import Tensor
 
 
 def mask_to_hex(keep_n: Tensor) -> str:
-    """A boolean mask as text."""
+    """A boolean mask as text.
+
+    Examples:
+        >>> mask_to_hex(torch.tensor([True, False, True]))  # 1010 0000
+        'a0'
+    """
     return np.packbits(keep_n.numpy()).tobytes().hex()
 
 
@@ -15,6 +20,10 @@ def mask_from_hex(mask: object, *, num_channels: int, what: str) -> Tensor:
 
     Raises:
         ValueError: another length, another alphabet, or bits beyond the channels.
+
+    Examples:
+        >>> mask_from_hex("a0", num_channels=3, what="`keep`").tolist()
+        [True, False, True]
     """
     digits = 2 * -(-num_channels // 8)
     if not isinstance(mask, str) or len(mask) != digits:

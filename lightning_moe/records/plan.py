@@ -55,7 +55,7 @@ class PrunePlan:
             raise ValueError(f"`align` must be a count >= 1, got {self.align!r}.")
         texts = [self.method, *self.provenance, *self.provenance.values()]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"`method` and `provenance` must be text, got {texts}.")
+            raise ValueError(f"`method` and `provenance` must be text, got {texts!r:.200}.")
         if len(self.keep) != len(self.shape.layers):
             raise ValueError(f"`keep` must have {len(self.shape.layers)} layers, got {len(self.keep)}.")
         for index, (layer, keep_C) in enumerate(zip(self.shape.layers, self.keep, strict=True)):
@@ -67,7 +67,16 @@ class PrunePlan:
             layer.check_reachable(self.widths(index))
 
     def widths(self, layer_index: int) -> tuple[int, ...]:
-        """Kept channels of each expert of a layer, in router order."""
+        """Kept channels of each expert of a layer, in router order.
+
+        Examples:
+            >>> keep_C = torch.tensor([True, False, True, True, False, False])
+            >>> plan = PrunePlan(
+            ...     shape=shape_of([4, 2]), method="by_hand", prune_ratio=0.5, align=1, keep=(keep_C,), provenance={}
+            ... )
+            >>> plan.widths(0)
+            (3, 0)
+        """
         parts = self.keep[layer_index].split(self.shape.layers[layer_index].widths)
         return tuple(int(part.sum()) for part in parts)
 
@@ -191,7 +200,7 @@ class PrunePlan:
             names, masks = [layer.name for layer in shape.layers], content["keep"]
             if not isinstance(masks, dict) or list(masks) != names:
                 came = list(masks) if isinstance(masks, dict) else type(masks).__name__
-                raise ValueError(f"`keep` must have one entry per layer, {names}, got {came}.")
+                raise ValueError(f"`keep` must have one entry per layer, {names!r:.200}, got {came!r:.200}.")
             keep = tuple(_from_hex(masks[layer.name], layer=layer) for layer in shape.layers)
             return cls(shape=shape, keep=keep, **{key: content[key] for key in _KEYS})
         except KeyError as error:

@@ -77,6 +77,11 @@ class ChannelScores(_LayerScores):
 
     Raises:
         ValueError: a layer is missing or a score is not such a number; the message names layer and criterion.
+
+    Examples:
+        >>> score_C = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        >>> ChannelScores(shape=shape_of([2, 1]), criterion="wanda", scores=(score_C,)).scores[0].sum().item()
+        6.0
     """
 
     kind: ClassVar[str] = "channel scores"

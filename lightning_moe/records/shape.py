@@ -39,6 +39,11 @@ class LayerShape:
 
     Raises:
         ValueError: a number is out of range; the message names the layer.
+
+    Examples:
+        >>> layer = LayerShape(name="model.layers.0.mlp.experts", widths=(16, 0, 32), top_k=2)
+        >>> layer.num_experts, layer.num_channels, layer.offsets
+        (3, 48, (0, 16, 16, 48))
     """
 
     name: str
@@ -48,17 +53,17 @@ class LayerShape:
     top_k_groups: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
+        if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
             raise ValueError(f"`name` of a layer must be the full name of its experts module, got {self.name!r}.")
         if not isinstance(self.widths, tuple) or not all(_is_count(width) and width >= 0 for width in self.widths):
-            raise ValueError(f"{self.name}: `widths` must be a tuple of counts >= 0, got {self.widths!r}.")
+            raise ValueError(f"{self.name}: `widths` must be a tuple of counts >= 0, got {self.widths!r:.200}.")
         if sum(self.widths) == 0:
-            raise ValueError(f"{self.name}: a layer needs at least one channel, got widths {self.widths}.")
+            raise ValueError(f"{self.name}: a layer needs at least one channel, got widths {self.widths!r:.200}.")
         allowed = {"top_k": self.num_experts, "num_groups": self.num_experts, "top_k_groups": self.num_groups}
         for field, highest in allowed.items():
             value = getattr(self, field)
             if not _is_count(value) or not 1 <= value <= highest:
-                raise ValueError(f"{self.name}: `{field}` must be between 1 and {highest}, got {value!r}.")
+                raise ValueError(f"{self.name}: `{field}` must be between 1 and {highest}, got {value!r:.200}.")
         if self.num_experts % self.num_groups:
             raise ValueError(
                 f"{self.name}: `num_groups` must divide the number of experts {self.num_experts}, "
@@ -124,7 +129,7 @@ class LayerShape:
         """
         values = _checked_fields(cls, content, what="A layer's shape")
         if not isinstance(values["widths"], list | tuple):
-            raise ValueError(f"`widths` of a layer must be a list of counts, got {values['widths']!r}.")
+            raise ValueError(f"`widths` of a layer must be a list of counts, got {values['widths']!r:.200}.")
         values["widths"] = tuple(values["widths"])
         return cls(**values)
 
@@ -156,10 +161,10 @@ class ModelShape:
         if not _is_count(self.hidden_size) or self.hidden_size < 1:
             raise ValueError(f"`hidden_size` must be a count >= 1, got {self.hidden_size!r}.")
         if not self.layers or not all(isinstance(layer, LayerShape) for layer in self.layers):
-            raise ValueError(f"`layers` must be a tuple with at least one LayerShape, got {self.layers!r}.")
+            raise ValueError(f"`layers` must be a tuple with at least one LayerShape, got {self.layers!r:.200}.")
         names = [layer.name for layer in self.layers]
         if len(set(names)) < len(names):
-            raise ValueError(f"`layers` must have different names, got {names}.")
+            raise ValueError(f"`layers` must have different names, got {names!r:.200}.")
 
     @property
     def num_channels(self) -> int:
@@ -185,6 +190,6 @@ class ModelShape:
         """
         values = _checked_fields(cls, content, what="A model's shape")
         if not isinstance(values["layers"], list | tuple):
-            raise ValueError(f"`layers` of a model must be a list, got {values['layers']!r}.")
+            raise ValueError(f"`layers` of a model must be a list, got {values['layers']!r:.200}.")
         values["layers"] = tuple(LayerShape.from_dict(layer) for layer in values["layers"])
         return cls(**values)

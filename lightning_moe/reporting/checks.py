@@ -4,8 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+# Beyond it a whole number of a file is none that was measured, and may have no float.
+_LARGEST = 2**63
+_LONGEST = 80
 
-def check_mapping(value: object, *, where: str) -> Mapping[str, Any]:
+
+def check_mapping(value: object, *, where: str) -> Mapping[Any, Any]:
     """The value, if it is a mapping.
 
     Raises:
@@ -16,19 +20,19 @@ def check_mapping(value: object, *, where: str) -> Mapping[str, Any]:
     return value
 
 
-def check_rows(whole: Mapping[str, Any], *, key: str) -> list[Any]:
-    """The list under `key` of a summary; an empty one where there is none.
+def check_rows(whole: Mapping[str, Any], *, key: str, where: str = "the summary") -> list[Any]:
+    """The list under `key` of a summary or a record; an empty one where there is none.
 
     Raises:
         ValueError: it is something else.
     """
     rows = whole.get(key, [])
     if not isinstance(rows, list | tuple):
-        raise ValueError(f"'{key}' of the summary must be a list, got {type(rows).__name__}.")
+        raise ValueError(f"{str(key)!r} of {where} must be a list, got {type(rows).__name__}.")
     return list(rows)
 
 
-def check_number(row: Mapping[str, Any], *, key: str, where: str) -> float:
+def check_number(row: Mapping[Any, Any], *, key: Any, where: str) -> float:
     """The number under `key`, NaN and infinity included.
 
     Raises:
@@ -36,11 +40,13 @@ def check_number(row: Mapping[str, Any], *, key: str, where: str) -> float:
     """
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"'{key}' of {where} must be a number, got {value!r}.")
+        raise ValueError(f"{str(key)!r} of {where} must be a number, got {shortened(value)}.")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(f"{str(key)!r} of {where} must be a number below 2**63, got one of {value.bit_length()} bits.")
     return value
 
 
-def check_known(row: Mapping[str, Any], *, key: str, where: str) -> float | None:
+def check_known(row: Mapping[Any, Any], *, key: Any, where: str) -> float | None:
     """A finite number >= 0, or nothing where the run did not measure it.
 
     Raises:
@@ -50,7 +56,19 @@ def check_known(row: Mapping[str, Any], *, key: str, where: str) -> float | None
         return None
     value = check_number(row, key=key, where=where)
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"'{key}' of {where} must be finite and >= 0, got {value}.")
+        raise ValueError(f"{str(key)!r} of {where} must be finite and >= 0, got {value}.")
+    return value
+
+
+def check_share(row: Mapping[str, Any], *, key: str, where: str) -> float | None:
+    """A share in [0, 1) that is gone, or nothing where the run did not measure it.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = check_known(row, key=key, where=where)
+    if value is not None and value >= 1:
+        raise ValueError(f"{str(key)!r} of {where} must be in [0, 1), got {value}.")
     return value
 
 
@@ -68,5 +86,11 @@ def check_text(row: Mapping[str, Any], *, key: str, where: str) -> str:
     """
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{where} needs '{key}', a text, got {value!r}.")
+        raise ValueError(f"{where} needs {str(key)!r}, a text, got {shortened(value)}.")
     return value
+
+
+def shortened(value: object) -> str:
+    """What came, for a message: not a whole file of it."""
+    text = repr(value) if isinstance(value, str | float | bool | None) else type(value).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

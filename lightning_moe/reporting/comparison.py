@@ -110,7 +110,9 @@ class Row:
             settings=_method_settings(row, where=where),
             nll=check_number(row, key="nll", where=where),
             nll_per_corpus={str(key): check_number(corpora, key=key, where=where) for key in corpora},
-            tasks={str(key): _task_score(task, where=f"'{key}' of 'tasks' of {where}") for key, task in tasks.items()},
+            tasks={
+                str(key): _task_score(task, where=f"{str(key)!r} of 'tasks' of {where}") for key, task in tasks.items()
+            },
             stored_params=check_count(row, key="stored_params", where=where),
             active_params=check_count(row, key="active_params", where=where),
             bytes=check_count(row, key="bytes", where=where),

@@ -116,5 +116,5 @@ def _write(folder: Path, *, text: str, pictures: Sequence[Picture]) -> Path:
         for picture in pictures:
             (temporary / f"{picture.name}.png").write_bytes(picture.png)
     with write_atomically(folder / REPORT_FILE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # half characters of a JSON file
     return folder / REPORT_FILE

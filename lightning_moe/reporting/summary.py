@@ -141,7 +141,7 @@ class Summary:
 
 
 def _result(content: object, *, name: str, group: str) -> Result:
-    where = f"'{name}'"
+    where = repr(name)
     row = check_mapping(content, where=where)
     corpora_where = f"'nll_per_corpus' of {where}"
     corpora = check_mapping(row.get("nll_per_corpus", {}), where=corpora_where)
@@ -166,7 +166,7 @@ def _stage(content: object, *, index: int) -> Result:
     name = row.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"Stage {index} of the summary needs a 'name', got {name!r}.")
-    check_number(row, key="prune_ratio", where=f"'{name}'")
+    check_number(row, key="prune_ratio", where=repr(name))
     return _result(row, name=name, group=_group(name))
 
 

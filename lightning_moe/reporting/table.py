@@ -7,6 +7,7 @@ from typing import Any
 from lightning_moe.reporting.summary import Summary
 
 ABSENT = "-"
+_MARKDOWN = str.maketrans({"<": "&lt;", ">": "&gt;", "`": "'"} | {mark: f"\\{mark}" for mark in "\\|[]"})
 _BYTES_PER_MB = 1e6
 
 
@@ -37,10 +38,18 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text).strip()
 
 
+def escape_markdown(text: str) -> str:
+    """One line that Markdown shows as it is: no HTML, links, code or table cells of its own."""
+    return one_line(text).translate(_MARKDOWN)
+
+
 def _cells(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[Column]) -> list[list[str]]:
     if not columns:
         raise ValueError("A table needs at least one column, got none.")
-    return [[column.header for column in columns], *([column.cell(row) for column in columns] for row in rows)]
+    return [
+        [one_line(column.header) for column in columns],
+        *([column.cell(row) for column in columns] for row in rows),
+    ]
 
 
 def _align(cells: list[list[str]], *, columns: Sequence[Column]) -> list[list[str]]:
@@ -66,12 +75,12 @@ def format_table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[Column]
 
 
 def format_markdown(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[Column]) -> str:
-    """The same as a Markdown table; bars inside cells are escaped.
+    """The same as a Markdown table; what Markdown would act on inside cells is escaped.
 
     Raises:
         ValueError: no column.
     """
-    cells = [[text.replace("|", "\\|") for text in line] for line in _cells(rows, columns=columns)]
+    cells = [[escape_markdown(text) for text in line] for line in _cells(rows, columns=columns)]
     lines = _align(cells, columns=columns)
     rule = [
         "-" * len(text) if column.left else "-" * (len(text) - 1) + ":"
@@ -81,7 +90,12 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[Colu
 
 
 def megabytes(num_bytes: float) -> str:
-    """Million bytes, two decimals."""
+    """Million bytes, two decimals.
+
+    Examples:
+        >>> megabytes(11_140_000)
+        '11.14'
+    """
     return f"{num_bytes / _BYTES_PER_MB:.2f}"
 
 

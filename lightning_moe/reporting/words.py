@@ -1,4 +1,4 @@
-"""Plans and results as sentences."""
+"""Plans and results as sentences.  C channels of a layer."""
 
 from collections.abc import Sequence
 from math import exp
@@ -24,7 +24,12 @@ def layer_labels(shape: ModelShape) -> tuple[str, ...]:
 
 
 def enumerate_words(words: Sequence[object]) -> str:
-    """`3`, `3 and 11`, `3, 5 and 11`."""
+    """`3`, `3 and 11`, `3, 5 and 11`.
+
+    Examples:
+        >>> enumerate_words(["calibrate", "plan", "prune"])
+        'calibrate, plan and prune'
+    """
     texts = [str(word) for word in words]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 

@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -11,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_moe.models.discovery import find_language_model
 from lightning_moe.surgery.structure import structure_of
 from lightning_moe.training.checkpoint import noted_structure
+from lightning_moe.training.checkpoint_files import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def restore_best(trainer: Trainer, *, module: LightningModule) -> None:
     if kept is None or not Path(kept.best_model_path).is_file():
         log.warning("No best checkpoint was saved before training ended: the last weights stay.")
         return
-    checkpoint = torch.load(kept.best_model_path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(kept.best_model_path)
     noted = noted_structure(checkpoint)
     if noted is not None and noted.to_dict() != structure_of(find_language_model(module)).to_dict():
         log.warning(

@@ -1,19 +1,26 @@
 """Named corpora: which file or hub data set, in which format, and how its records are read."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, config, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils.extract import Extractor
+from pyarrow import ArrowException
 
 from lightning_moe.assets import ASSET_PREFIX, resolve_asset
 from lightning_moe.progress import quiet_datasets
+from lightning_moe.training.json_checks import check_json
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_UNREADABLE = (DatasetGenerationError, DatasetNotFoundError, ArrowException)
+# `datasets` would take such a name for a pattern or an address, and read other files.
+_PATTERN_MARKS = ("*", "?", "[", "]", "{", "}", "::")
 FORMATS = ("text", "instruction", "messages")
 
 Record = Mapping[str, Any]
@@ -73,6 +80,10 @@ def check_corpus(corpus: Corpus, *, name: str) -> None:
         raise ValueError(f"Corpus {name!r}: unknown format {corpus.format!r}. Use one of {', '.join(FORMATS)}.")
     if corpus.max_tokens is not None and corpus.max_tokens < 1:
         raise ValueError(f"Corpus {name!r}: `max_tokens` must be at least 1 or null for all, got {corpus.max_tokens}.")
+    if corpus.shuffle_seed is not None and corpus.shuffle_seed < 0:
+        raise ValueError(f"Corpus {name!r}: `shuffle_seed` must be at least 0 or null, got {corpus.shuffle_seed}.")
+    if "\0" in corpus.source:
+        raise ValueError(f"Corpus {name!r}: `source` cannot hold the character NUL, got {corpus.source!r}.")
     if _is_local(corpus.source):
         _local_files(corpus.source, name=name)
 
@@ -81,16 +92,10 @@ def read_records(corpus: Corpus, *, name: str) -> Iterator[Record]:
     """Yield the records of a corpus, its fields checked on the first one.
 
     Raises:
-        ValueError: The source is missing, cannot be read, is empty, or lacks a field.
+        ValueError: The source is missing, cannot be read, is empty, or lacks a field; also later, while it is read.
     """
-    try:
-        iterator: Iterator[Any] = iter(_open(corpus, name=name))
-        first = next(iterator, None)
-    except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError) as error:
-        raise ValueError(
-            f"Corpus {name!r}: cannot read {corpus.source!r} ({error}). Give a valid file or folder of "
-            f"{', '.join(_BUILDERS)}, or a hub data set that can be reached, with its subset and split."
-        ) from error
+    iterator = _read(corpus, name=name)
+    first = next(iterator, None)
     if first is None:
         raise ValueError(f"Corpus {name!r}: {corpus.source!r} is empty. Give a source with at least one record.")
     for field in corpus.fields:
@@ -102,17 +107,50 @@ def read_records(corpus: Corpus, *, name: str) -> Iterator[Record]:
     return chain([first], iterator)
 
 
+def _read(corpus: Corpus, *, name: str) -> Iterator[Any]:
+    try:
+        yield from _open(corpus, name=name)
+    except (*_UNREADABLE, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise ValueError(
+            f"Corpus {name!r}: cannot read {corpus.source!r} ({' '.join(str(cause).split())}). Give a valid file or "
+            f"folder of {', '.join(_BUILDERS)}, or a hub data set that can be reached, with its subset and split."
+        ) from error
+
+
 def _open(corpus: Corpus, *, name: str) -> Dataset | IterableDataset:
     if _is_local(corpus.source):
         files = _local_files(corpus.source, name=name)
         builder = _BUILDERS[Path(files[0]).suffix]
+        for file in files:
+            _check_plain(file, name=name)
+        for file in files if builder == "json" else ():
+            check_json(file, name=name)
         options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
-        with quiet_datasets():
+        with quiet_datasets(), _untold():
             records = load_dataset(builder, data_files={"train": files}, split="train", **options)
     else:
         streaming = corpus.max_tokens is not None
         records = load_dataset(corpus.source, corpus.subset, split=corpus.split, streaming=streaming)
     return records if corpus.shuffle_seed is None else records.shuffle(seed=corpus.shuffle_seed)
+
+
+def _check_plain(file: str, *, name: str) -> None:
+    """Refuses an archive: `datasets` would unpack one, whatever its name, into its cache before it reads it."""
+    kind = Extractor.infer_extractor_format(file)
+    if kind is not None:
+        raise ValueError(f"Corpus {name!r}: '{file}' is a {kind} archive. Unpack it, and name what was in it.")
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Without the request by which `datasets` counts what is loaded, files of this machine too."""
+    counted = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 
 
 def _is_local(source: str) -> bool:
@@ -140,6 +178,12 @@ def _local_files(source: str, *, name: str) -> list[str]:
         raise ValueError(
             f"Corpus {name!r}: {source!r} holds files of type {', '.join(sorted(suffixes))}. "
             f"Give files of one type among {', '.join(_BUILDERS)}."
+        )
+    odd = next((file for file in files if any(mark in file for mark in _PATTERN_MARKS)), None)
+    if odd is not None:
+        raise ValueError(
+            f"Corpus {name!r}: the name '{odd}' would be read as a pattern of names. Rename it, without "
+            f"{' '.join(_PATTERN_MARKS)}."
         )
     filled = [file for file in files if Path(file).stat().st_size]
     if not filled:

@@ -8,6 +8,7 @@ does too; where it begins with none (the shipped one, Qwen), none is added. Conv
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import chain, islice
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from lightning_moe.assets import resolve_asset
 from lightning_moe.training.corpora import Corpus, Record, read_records
@@ -25,21 +27,42 @@ from lightning_moe.training.packing import Rows, TokenSpan, pack_examples, pack_
 _LOG = logging.getLogger(__name__)
 
 _RECORDS_AT_ONCE = 256
+# What transformers raises for files that it cannot read.
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError)
+
+
+class _Unreadable(AbstractContextManager[None]):
+    """What the libraries raise for a tokenizer's files becomes a ValueError that names the source.
+
+    The one in Rust raises plain `Exception`, which no `except` can tell from all others.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    @override
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if type(error) is Exception or isinstance(error, _UNREADABLE):
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"No tokenizer found at {self.source!r} ({told}). "
+                "Give a folder with tokenizer.json, `asset:small_moe`, or a hub name."
+            ) from error
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder, `asset:small_moe`, or the hub.
 
     Raises:
-        ValueError: There is none, or it has no end-of-text token.
+        ValueError: There is none, it cannot be read, it would need code of its own, or it has no end-of-text token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_asset(source))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No tokenizer found at {source!r} ({error}). "
-            "Give a folder with tokenizer.json, `asset:small_moe`, or a hub name."
-        ) from error
+    with _Unreadable(source):
+        # Without this answer transformers asks on the terminal whether to run the code of a folder.
+        tokenizer = AutoTokenizer.from_pretrained(resolve_asset(source), trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"`tokenizer_class` is {type(tokenizer).__name__}")
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError(f"`model_max_length` is {str(tokenizer.model_max_length)[:40]!r}, not a number")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer {source!r} has no end-of-text token, which separates documents. "

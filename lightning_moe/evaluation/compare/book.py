@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.evaluation.compare.rows import Row
-from lightning_moe.evaluation.stages import load_row, save_stage
+from lightning_moe.evaluation.stages import load_row, save_stage, stage_files
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,8 @@ class RowBook:
         self.folder = folder
         self.model = model
         self._rows: dict[str, Row] = {}
-        for file in sorted(folder.glob("stages/*.json")):
-            if not file.name.endswith(".exports.json"):
-                self._remember(load_row(file))
+        for file in stage_files(folder):
+            self._remember(load_row(file))
 
     def _remember(self, row: Row) -> None:
         if "model" in row and row["model"] != self.model:

@@ -65,8 +65,10 @@ class SampleCalibration:
             return self.given
         note, wanted = self.file.with_suffix(".json"), self.origin | {"text": self.text}
         made = read_json(note, what="note on statistics") if self.file.is_file() and note.is_file() else {}
+        if not isinstance(made, dict):
+            raise ValueError(f"'{note}' must be a mapping, got {type(made).__name__}. Delete it.")
         known = wanted == {name: made.get(name) for name in wanted}
-        if known and (made["gradients"] or not self.gradients):
+        if known and (made.get("gradients") is True or not self.gradients):
             log.info("Statistics of '%s' are of this model and text: reused.", self.file)
             return CalibrationStatistics.load(self.file)
         gathered = self._gather(CalibrationStatistics.load(self.file) if known else None)

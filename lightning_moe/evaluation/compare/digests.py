@@ -1,4 +1,4 @@
-"""Fingerprints of what decides a row: the model's files, the text, the settings."""
+"""Fingerprints of what decides a row: the model's files, the text, the settings.  S tokens."""
 
 import hashlib
 import json
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_moe.models.loading import read_config, weight_files
+from lightning_moe.models.loading import read_config
+from lightning_moe.models.sources import weight_files
 
 Loaders = Mapping[str, Iterable[Mapping[str, Tensor]]]
 _PART = 2**24

@@ -8,12 +8,14 @@ from typing import Any, Literal, TypeVar
 from lightning_moe.allocation import build_method
 from lightning_moe.allocation.budget import check_count, resolve_prune_ratio
 from lightning_moe.allocation.methods import ExpertMethod
+from lightning_moe.allocation.methods.presets import MethodArgs
 from lightning_moe.criteria import CHANNEL_CRITERIA
 from lightning_moe.evaluation.compare.rows import CONTROL, Repair, StageSpec, row_name
 
 Bits = Literal[4, 16]
 T = TypeVar("T")
 UNIFORM_WIDTH = "uniform width"
+_MOST_SAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class GridMethod:
     """
 
     method: str
-    method_args: dict[str, Any] = field(default_factory=dict)
+    method_args: MethodArgs = field(default_factory=dict)
     name: str | None = None
     repair: list[Repair] | None = None
     bits: list[Bits] | None = None
@@ -79,6 +81,8 @@ class Grid:
             ValueError: an empty list, an unknown method or setting, a ratio out of range, or two rows of one name.
         """
         check_count(self.samples, name="samples", lowest=1)
+        if self.samples > _MOST_SAMPLES:
+            raise ValueError(f"`samples` of the grid must be at most {_MOST_SAMPLES}, got {self.samples}.")
         ratios = self._prune_ratios()
         rows = [row for method in self._methods() for row in self._rows_of(method, ratios=ratios)]
         if any(row.bits == 4 for row in rows):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning_moe.allocation import build_method
 from lightning_moe.allocation.budget import check_count, resolve_prune_ratio
 from lightning_moe.allocation.methods import PruningMethod
+from lightning_moe.allocation.methods.presets import MethodArgs
 from lightning_moe.evaluation.stages import check_stage_name
 from lightning_moe.records import ModelShape
 
@@ -24,18 +25,18 @@ class StageSpec:
     """One row to make.
 
     Args:
-        name: name of the row and of its folder.
-        prune_ratio: share of routed-expert channels to remove; 0 keeps all. Exactly one of this and `keep_ratio`.
-        keep_ratio: share that stays, in (0, 1]: 1 - `prune_ratio`.
+        name: Name of the row and of its folder.
+        prune_ratio: Share of routed-expert channels to remove; 0 keeps all. Exactly one of this and `keep_ratio`.
+        keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
         bits: 16, or 4 for NF4.
-        method: a preset of `lightning_moe.allocation`.
-        method_args: settings of the method.
-        repair: refit the down projections by least squares; `after_nf4` fits them against the packed rows.
-        label: the method's name in tables; null: `method`.
-        sample: which sample of the calibration text decides.
+        method: A preset of `lightning_moe.allocation`.
+        method_args: Settings of the method.
+        repair: Refit the down projections by least squares; `after_nf4` fits them against the packed rows.
+        label: The method's name in tables; null: `method`.
+        sample: Which sample of the calibration text decides.
         calibrations: 2 measures the cut model again half-way.
-        novices: an expert that goes leaves its mean output behind.
-        export: what else the row is, for tables, such as `uniform width`.
+        novices: An expert that goes leaves its mean output behind.
+        export: What else the row is, for tables, such as `uniform width`.
 
     Raises:
         ValueError: the name is not a plain file name, `bits` is neither 4 nor 16, or ratio, method or settings are
@@ -47,7 +48,7 @@ class StageSpec:
     keep_ratio: float | None = None
     bits: Literal[4, 16] = 16
     method: str = "exact_global"
-    method_args: dict[str, Any] = field(default_factory=dict)
+    method_args: MethodArgs = field(default_factory=dict)
     repair: Repair = True
     label: str | None = None
     sample: int = 0

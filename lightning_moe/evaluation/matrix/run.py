@@ -1,7 +1,7 @@
 """Makes the cells of a matrix: statistics of a text, a plan, a cut copy, its loss on every held-out corpus."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from lightning_moe.files import read_json, write_json
 from lightning_moe.models.discovery import model_shape
 from lightning_moe.models.loading import DtypeName, load_model
 from lightning_moe.progress import hidden
+from lightning_moe.reporting.checks import check_mapping, check_number
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class MatrixRun:
         file = self._file(digest)
         if not (self.reuse or this_run) or not file.is_file():
             return None
-        return read_json(file, what="cell of a matrix")["nll_per_corpus"]
+        return _losses(read_json(file, what="cell of a matrix"), file=file, corpora=self.held_out)
 
     def _file(self, digest: str) -> Path:
         return self.out / "cells" / f"{digest}.json"
@@ -191,6 +192,15 @@ class MatrixRun:
     def _gradients(self) -> bool:
         stages = [*self.matrix.stages(), *self.matrix.variant_stages()]
         return needs_gradients([replace(stage, name="any") for stage in stages])
+
+
+def _losses(content: object, *, file: Path, corpora: Collection[str]) -> dict[str, float]:
+    """What a cell's file holds: the loss of every held-out corpus."""
+    where = f"'nll_per_corpus' of '{file}'"
+    losses = check_mapping(check_mapping(content, where=f"'{file}'").get("nll_per_corpus"), where=where)
+    if set(losses) != set(corpora):
+        raise ValueError(f"{where} must name the corpora {sorted(corpora)}, got {sorted(losses)}. Delete the file.")
+    return {corpus: check_number(losses, key=corpus, where=where) for corpus in losses}
 
 
 def _columns(cell: Cell | None) -> Row:

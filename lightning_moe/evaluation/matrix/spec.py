@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_moe.allocation.budget import check_count, check_prune_ratio
+from lightning_moe.allocation.methods.presets import MethodArgs
 from lightning_moe.evaluation.compare.rows import StageSpec
 
 ALL, ALL_EACH = "all", "all_each"
@@ -21,7 +22,7 @@ class MatrixMethod:
     """
 
     method: str
-    method_args: dict[str, Any] = field(default_factory=dict)
+    method_args: MethodArgs = field(default_factory=dict)
     name: str | None = None
 
     def stage(self, *, prune_ratio: float) -> StageSpec:

@@ -1,4 +1,4 @@
-"""Figure of what the routers did before and after a training run."""
+"""Figure of what the routers did before and after a training run.  L layers, B bins of the entropy."""
 
 from collections.abc import Mapping, Sequence
 

@@ -22,13 +22,14 @@ LINES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
 
 DPI = 128
 _LONGEST_LABEL = 40
+_MOST_PIXELS = 2**26
 _MOST_TICKS = 12
 _MOST_LAYER_TICKS = 24
 
 
 def new_figure(*, width: float = 9.0, height: float = 4.5) -> tuple[Figure, Axes]:
     """A figure (inches) with one plain axes, not known to pyplot."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _figure(width=width, height=height)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -38,11 +39,25 @@ def new_panels(
     *, columns: int, rows: int = 1, width: float = 12.0, height: float = 4.5, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure (inches) with plain axes side by side, row by row."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _figure(width=width, height=height)
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def _figure(*, width: float, height: float) -> Figure:
+    """Its pixels take memory, and how many there are may be up to a file: 4 bytes each, and a few times that to draw.
+
+    Raises:
+        ValueError: too many.
+    """
+    if width * height * DPI**2 > _MOST_PIXELS:
+        raise ValueError(
+            f"A figure of {width:.0f} x {height:.0f} inches is too large for a page (`report`): a file of results has "
+            "too many rows, corpora or sizes. Report fewer at a time."
+        )
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plain(text: str) -> str:

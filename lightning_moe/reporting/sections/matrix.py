@@ -1,17 +1,20 @@
 """Which text to calibrate on: the list in `matrix.json` as heat maps, one sentence per method, and settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from math import prod
 from statistics import fmean
 from typing import Any
 
 from lightning_moe.reporting import figures
-from lightning_moe.reporting.checks import check_mapping, check_number, check_text
+from lightning_moe.reporting.checks import check_mapping, check_number, check_rows, check_text
 from lightning_moe.reporting.page import Block, Picture, bullets, heading, html_table
 from lightning_moe.reporting.table import Column
 
 Cell = Mapping[str, Any]
 # Each is a figure.
 _MOST_METHODS = 4
+_MOST_CELLS = 10_000
 _SINGLE = ("the same", "another")
 _CAPTION = (
     "Each number is the loss above dense (nats per token) of {method}, calibrated on the text of its row and evaluated "
@@ -26,9 +29,11 @@ def matrix_block(rows: Sequence[Cell]) -> Block:
     Raises:
         ValueError: a row is broken.
     """
-    cells = [_checked(row, index=index) for index, row in enumerate(rows)]
+    listed = check_rows({"rows": rows}, key="rows", where="the matrix")
+    cells = [_checked(row, index=index) for index, row in enumerate(listed)]
     pruned = [row for row in cells if row.get("calibration") is not None]
     compared = [row for row in pruned if not row.get("variant")]
+    _check_complete(compared)
     methods = list(dict.fromkeys(row["method"] for row in compared))
     pictures = [
         Picture.of(
@@ -51,7 +56,26 @@ def _checked(content: object, *, index: int) -> Cell:
         check_text(row, key=key, where=where)
     for key in ("size", "loss_above_dense"):
         check_number(row, key=key, where=where)
+    if row.get("calibration") is not None:
+        check_text(row, key="calibration", where=where)
     return row
+
+
+def _check_complete(rows: Sequence[Cell]) -> None:
+    """Every calibration of a method is evaluated on each corpus, at each size."""
+    found = {(row["method"], row["size"], row["calibration"], row["evaluation"]) for row in rows}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        axes = [dict.fromkeys(row[key] for row in own) for key in ("size", "calibration", "evaluation")]
+        if prod(map(len, axes)) > _MOST_CELLS:
+            raise ValueError(f"The matrix has more than {_MOST_CELLS} cells of `{method}`: too many for a page.")
+        for place in product(*axes):
+            if (method, *place) not in found:
+                size, calibration, evaluation = place
+                raise ValueError(
+                    f"The matrix lacks the row of `{method}` calibrated on {size} tokens of {calibration!r} and "
+                    f"evaluated on {evaluation!r}. Run `compare` with `matrix` again."
+                )
 
 
 def _sentences(rows: Sequence[Cell], *, method: str) -> Iterator[str]:
