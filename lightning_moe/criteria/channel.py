@@ -24,6 +24,11 @@ def channel_ablation(statistics: CalibrationStatistics, *, corpora: Sequence[str
 
     Raises:
         ValueError: an unknown corpus.
+
+    Examples:
+        >>> statistics = one_layer(widths=[2, 1], channel_ablation=[2, 3, 0], down_sq_norm=[5, 0.5, 9])
+        >>> channel_ablation(statistics).scores[0].tolist()  # 2 * 5, 3 * 0.5, 0 * 9
+        [10.0, 1.5, 0.0]
     """
     return score_channels(
         statistics,
@@ -61,6 +66,11 @@ def activation_norm(statistics: CalibrationStatistics, *, corpora: Sequence[str]
 
     Raises:
         ValueError: an unknown corpus.
+
+    Examples:
+        >>> statistics = one_layer(widths=[1, 1], gate_sq=[4, 1], up_sq=[1, 0], hidden_sq=[9, 289])
+        >>> activation_norm(statistics).scores[0].tolist()  # (2 + 1 + 3) / 3 and (1 + 0 + 17) / 3, over their mean of 4
+        [0.5, 1.5]
     """
 
     def formula(sums: LayerValues, _: LayerValues) -> Tensor:

@@ -23,6 +23,11 @@ def attribution(
 
     Raises:
         ValueError: an unknown corpus, or `alpha` outside (0, 1).
+
+    Examples:
+        >>> statistics = one_layer(widths=[4, 4], attribution=[50, -2])
+        >>> [round(score, 3) for score in attribution(statistics).scores[0].tolist()]  # 0.18 * 50; below 0 is 0
+        [9.0, 0.0]
     """
     factor = first_order_factor(alpha=alpha)
     return score_experts(

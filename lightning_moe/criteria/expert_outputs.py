@@ -28,6 +28,11 @@ def reap(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = N
 
     Raises:
         ValueError: an unknown corpus.
+
+    Examples:
+        >>> statistics = one_layer(widths=[4, 4, 4], weighted_norm=[6, 5, 0], count=[3, 2, 0])
+        >>> reap(statistics).scores[0].tolist()  # 6 / 3, 5 / 2, unused
+        [2.0, 2.5, 0.0]
     """
     return score_experts(
         statistics,

@@ -25,6 +25,10 @@ def snip(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None = N
 
     Raises:
         ValueError: an unknown corpus, or statistics without gradients.
+
+    Examples:
+        >>> snip(one_layer(widths=[2], loss_snip=[-3, 2])).scores[0].tolist()
+        [3.0, 2.0]
     """
 
     def formula(sums: LayerValues, _: LayerValues) -> Tensor:

@@ -12,6 +12,10 @@ def first_order_factor(*, alpha: float) -> float:
 
     Raises:
         ValueError: `alpha` is not strictly between 0 and 1.
+
+    Examples:
+        >>> round(first_order_factor(alpha=0.9), 4)  # 2 * 0.9 * 0.1
+        0.18
     """
     if not 0 < alpha < 1:
         raise ValueError(f"`alpha` must be between 0 and 1, both excluded, got {alpha}. The paper's value is 0.9.")

@@ -56,7 +56,7 @@ def _score(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None, 
 
 
 def needed(values: LayerValues, name: str, *, criterion: str, remedy: str) -> Tensor:
-    """An optional statistic.
+    """An optional statistic, in its own shape.
 
     Raises:
         ValueError: it was not gathered; the message ends with `remedy`.
@@ -67,6 +67,12 @@ def needed(values: LayerValues, name: str, *, criterion: str, remedy: str) -> Te
 
 
 def mean_over_routed(sums: LayerValues, name: str) -> Tensor:
-    """A sum over routed tokens divided by their number, `[E]`; 0 for an expert that saw none."""
+    """A sum over routed tokens divided by their number, `[E]`; 0 for an expert that saw none.
+
+    Examples:
+        >>> sums = {"norm": torch.tensor([6.0, 0.0]), "count": torch.tensor([3.0, 0.0])}
+        >>> mean_over_routed(sums, "norm").tolist()
+        [2.0, 0.0]
+    """
     # Counts are whole numbers, so the clamp only touches 0, where the sum is 0 too.
     return sums[name] / sums["count"].clamp(min=1.0) * (sums["count"] > 0)

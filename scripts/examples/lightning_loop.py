@@ -3,9 +3,10 @@
     python scripts/examples/lightning_loop.py [--manual] [--experts] [--steps 60] [--folder runs/lightning_loop]
 
 `Finetuning` is somebody's own module: a transformers MoE as an attribute, all its weights trained, AdamW with two
-groups and a schedule of its own; with `--manual` it accumulates, clips and steps by itself. Two callbacks, between the
-marks `[readme]`, cut its experts while it trains; with `--experts` whole experts leave first. The same run without them
-stands beside it in the table. The cut model is saved, and loaded again by transformers' own `from_pretrained`.
+groups and a schedule of its own; with `--manual` it accumulates, clips and steps by itself. Two callbacks,
+which the README shows, cut its experts while it trains; with `--experts` whole experts leave first. The same run
+without them stands beside it in the table. The cut model is saved, and loaded again by transformers' own
+`from_pretrained`.
 """
 
 from collections.abc import Sequence
@@ -98,12 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[dict[str, Any]], 
     rows: dict[int, dict[str, Any]] = {step: {"step": step} for step in (first, second, options.steps)}
     held_out = text_batches("heldout", count=8)
     watch = {name: HeldOut(name, rows=rows, batches=held_out) for name in ("unpruned", "before", "after")}
-    # [readme: Lightning]
     pruning = [
         ExpertCalibration(num_batches=8),  # of the training batches, run through the model as it is at each cut
         ChannelPruning(schedule=[(first, 0.25), (second, 0.5)]),  # step, share of all channels gone from then on
     ]
-    # [/readme]
     if options.experts:
         pruning[1:] = [ExpertPruning(schedule=[(first, 0.25)]), ChannelPruning(schedule=[(second, 0.5)])]
     fit([watch["unpruned"]], manual=options.manual, steps=options.steps)

@@ -2,7 +2,7 @@
 
     python scripts/examples/pytorch_loop.py [--steps 60] [--folder runs/pytorch_loop]
 
-The lines between the marks `[readme]` are all that pruning adds to a loop that exists: a pruner before the optimizer,
+What pruning adds to a loop that exists is what the README shows of this one: a pruner before the optimizer,
 and one call before each batch. The optimizer stays the same object with the same groups, the moments of what survives
 and its schedule. A checkpoint also says what the model looks like and what the pruner did: plain types, read with
 `weights_only=True`. The second run starts from it and ends with the weights of the first.
@@ -29,27 +29,19 @@ def train(*, steps: int, file: Path, resume: bool) -> tuple[PreTrainedModel, lis
     calibration = text_batches("calibration", count=8)
     checkpoint = torch.load(file, weights_only=True) if resume else {}
     model, first = small_moe(), 0
-    # [readme: resume]
     restore_structure(checkpoint, model=model)  # first of all: the cuts that are behind us; none in a new run
-    # [/readme]
-    # [readme: PyTorch]
     pruner = ScheduledPruner(model, schedule=schedule, loaders={"text": calibration})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # after the pruner, which takes the experts over
-    # [/readme]
     scheduler = LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=steps)
     if resume:
-        # [readme: resume]
         pruner.load_state_dict(checkpoint["pruner"])
-        # [/readme]
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
         first = checkpoint["step"]
     before = None
-    # [readme: PyTorch]
     for step in range(first, steps):
         plan = pruner.step(step, optimizers=[optimizer])  # before the batch; cuts when a cut is due
-        # [/readme]
         if plan is not None:
             rows.append({"step": step, "before": before, "after": held_out_loss(model, held_out)} | size_of(model))
         loss = model(**batches[step]).loss
@@ -63,10 +55,8 @@ def train(*, steps: int, file: Path, resume: bool) -> tuple[PreTrainedModel, lis
         if step + 1 == save_at:
             checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": save_at}
             checkpoint["scheduler"] = scheduler.state_dict()
-            # [readme: resume]
             checkpoint["pruner"] = pruner.state_dict()  # whenever you save
             write_structure(checkpoint, model=model)
-            # [/readme]
             torch.save(checkpoint, file)
     rows.append({"step": steps, "before": held_out_loss(model, held_out)} | size_of(model))
     return model, rows

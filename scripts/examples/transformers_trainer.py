@@ -5,7 +5,7 @@
 Gradient accumulation, clipping, the schedule of the learning rate, evaluation and checkpoints are the Trainer's own.
 Its checkpoints of a cut model are ordinary model folders: `from_pretrained` loads them after `import lightning_moe`.
 A second run goes on from one between the two cuts with `resume_from_checkpoint`; `pruning.pt` beside the Trainer's
-own files says what was cut until then. The callback and the lines that use it are between the marks `[readme]`.
+own files says what was cut until then. The README shows the callback and the lines that use it.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,6 @@ from lightning_moe.surgery.pruner import ScheduledPruner
 from lightning_moe.training.checkpoint import restore_structure, write_structure
 
 
-# [readme: transformers]
 class Pruning(TrainerCallback):
     def __init__(self, pruner):
         self.pruner = pruner
@@ -34,7 +33,6 @@ class Pruning(TrainerCallback):
         torch.save(saved, f"{args.output_dir}/checkpoint-{state.global_step}/pruning.pt")
 
 
-# [/readme]
 class Watched(Pruning):
     """The same with a row of the table at each cut."""
 
@@ -59,13 +57,11 @@ def train(*, steps: int, folder: Path, checkpoint: Path | None) -> tuple[PreTrai
     schedule = [(steps // 4, 0.25), (steps // 2, 0.5)]
     calibration = text_batches("calibration", count=8)
     model = small_moe()
-    # [readme: transformers]
     saved = torch.load(checkpoint / "pruning.pt", weights_only=True) if checkpoint else {}
     restore_structure(saved, model=model)  # the cuts that are behind us; in a new run there are none
     pruner = ScheduledPruner(model, schedule=schedule, loaders={"text": calibration})
     if saved:
         pruner.load_state_dict(saved["pruner"])
-    # [/readme]
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
