@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from random_plans import alike_plan, mixed_keep
 from tiny_models import NUM_EXPERTS, WIDTH, random_tokens, tiny_model
 from torch import Tensor
 from torch.nn import functional
 
 from lightning_moe.models.channel_experts import ChannelExperts
-from lightning_moe.models.discovery import expert_matrices, model_shape, moe_layers
+from lightning_moe.models.discovery import expert_matrices, moe_layers
 from lightning_moe.quantization.nf4 import pack_experts
-from lightning_moe.records import PrunePlan
 from lightning_moe.surgery.cut import apply_plan, convert_experts
 from lightning_moe.surgery.least_squares import RIDGES, SCARCE_RIDGE, ExpertRepair, repaired_down_rows
 from lightning_moe.surgery.repair import plan_repair
@@ -180,19 +180,6 @@ def test_a_singular_gram_is_survived():
     assert repair.ridge == min(RIDGES)
 
 
-def make_plan(model, *, keep_C: Tensor) -> PrunePlan:
-    shape = model_shape(model)
-    keep = (keep_C,) * len(shape.layers)
-    return PrunePlan(shape=shape, method="test", prune_ratio=0.5, align=1, keep=keep, provenance={})
-
-
-def mixed_keep() -> Tensor:
-    """Expert 0 stays whole, expert 1 goes, the others keep a random half."""
-    keep_EI = torch.rand(NUM_EXPERTS, WIDTH, generator=torch.Generator().manual_seed(3)) < 0.5
-    keep_EI[0], keep_EI[1] = True, False
-    return keep_EI.reshape(-1)
-
-
 def loaders(*, seed: int = 0, batches: int = 4) -> dict[str, list[dict[str, Tensor]]]:
     return {"text": [{"input_ids": random_tokens(batch=4, length=64, seed=seed + i)} for i in range(batches)]}
 
@@ -212,7 +199,7 @@ def test_a_repaired_cut_is_closer_to_the_whole_model_on_held_out_tokens(name):
             for part in gate_up.chunk(2, dim=1):
                 part[:, 16:] = part[:, :16] * 1.1
             down.mul_(5.0)
-    plan = make_plan(cut, keep_C=mixed_keep() if name != "deepseek_v3_grouped" else mixed_keep() | keep_expert(1))
+    plan = alike_plan(cut, keep_C=mixed_keep() if name != "deepseek_v3_grouped" else mixed_keep() | keep_expert(1))
     repair = plan_repair(repaired, plan=plan, loaders=loaders(), progress=False)
     apply_plan(cut, plan=plan)
     apply_plan(repaired, plan=plan, repair=repair)
@@ -232,7 +219,7 @@ def keep_expert(expert: int) -> Tensor:
 
 def test_keeping_everything_changes_nothing():
     model = tiny_model()
-    plan = make_plan(model, keep_C=torch.ones(NUM_EXPERTS * WIDTH, dtype=torch.bool))
+    plan = alike_plan(model, keep_C=torch.ones(NUM_EXPERTS * WIDTH, dtype=torch.bool))
     repair = plan_repair(model, plan=plan, loaders=loaders(batches=1), progress=False)
     before = output(model, random_tokens())
     rows = [layer.experts.down_proj.detach().transpose(1, 2).reshape(-1, 64).clone() for layer in moe_layers(model)]
@@ -249,7 +236,7 @@ def test_stock_and_channel_experts_end_with_the_same_rows(packed):
     if packed:
         for layer in moe_layers(converted):
             pack_experts(layer.experts)
-    plan = make_plan(stock, keep_C=mixed_keep())
+    plan = alike_plan(stock, keep_C=mixed_keep())
     repair = plan_repair(converted, plan=plan, loaders=loaders(), progress=False)
     unrepaired = [expert_matrices(layer.experts, 0, dtype=torch.float32) for layer in moe_layers(converted)]
     apply_plan(converted, plan=plan, repair=repair)
@@ -273,7 +260,7 @@ def test_stock_and_channel_experts_end_with_the_same_rows(packed):
 
 def test_sixteen_bit_models_keep_their_type():
     model = tiny_model(dtype=torch.bfloat16)
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     repair = plan_repair(model, plan=plan, loaders=loaders(batches=1), progress=False)
     apply_plan(model, plan=plan, repair=repair)
     assert {rows.dtype for rows in repair.down_rows} == {torch.bfloat16}
@@ -283,7 +270,7 @@ def test_sixteen_bit_models_keep_their_type():
 def test_an_optimizer_follows_to_the_repaired_parameters():
     model = tiny_model()
     convert_experts(model)
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     repair = plan_repair(model, plan=plan, loaders=loaders(batches=1), progress=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     apply_plan(model, plan=plan, repair=repair, optimizers=[optimizer])
@@ -293,7 +280,7 @@ def test_an_optimizer_follows_to_the_repaired_parameters():
 
 def test_several_passes_repair_alike():
     model = tiny_model()
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     options = {"plan": plan, "loaders": loaders(batches=1), "progress": False}
     layer_gb = 2 * 6 * WIDTH**2 * 4 / 2**30
     one, two = plan_repair(model, **options), plan_repair(model, memory_gb=1.2 * layer_gb, **options)
@@ -305,7 +292,7 @@ def test_several_passes_repair_alike():
 
 def test_the_summary_has_a_line_per_layer():
     model = tiny_model()
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     lines = plan_repair(model, plan=plan, loaders=loaders(batches=1), progress=False).summary().splitlines()
     assert len(lines) == 3
     assert "error before" in lines[0]
@@ -313,15 +300,15 @@ def test_the_summary_has_a_line_per_layer():
 
 def test_a_repair_of_another_plan_is_refused():
     model = tiny_model()
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     repair = plan_repair(model, plan=plan, loaders=loaders(batches=1), progress=False)
-    other = make_plan(model, keep_C=mixed_keep() | keep_expert(1))
+    other = alike_plan(model, keep_C=mixed_keep() | keep_expert(1))
     with pytest.raises(ValueError, match=rf"made for plan {plan.digest[:12]}, got plan {other.digest[:12]}"):
         apply_plan(model, plan=other, repair=repair)
     assert not isinstance(moe_layers(model)[0].experts, ChannelExperts)
 
 
 def test_a_plan_for_another_model_is_refused():
-    plan = make_plan(tiny_model(seed=1), keep_C=mixed_keep())
+    plan = alike_plan(tiny_model(seed=1), keep_C=mixed_keep())
     with pytest.raises(ValueError, match="The plan was made for another model"):
         plan_repair(tiny_model(seed=0), plan=plan, loaders=loaders(), progress=False)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from alike_channels import alike_model
 from layer_reference import RealLayer
+from random_plans import alike_plan, mixed_keep
 from tiny_models import NUM_EXPERTS, WIDTH, random_tokens, tiny_model
 from torch import Tensor
 from torch.nn import functional
@@ -18,11 +19,10 @@ from torch.nn import functional
 from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.calibration.gram import iterate_grams
 from lightning_moe.commands.pruning import prune
-from lightning_moe.models.discovery import model_shape, moe_layers
+from lightning_moe.models.discovery import moe_layers
 from lightning_moe.models.loading import load_model
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.quantization.nf4 import PackedRows, pack_experts
-from lightning_moe.records import PrunePlan
 from lightning_moe.surgery import after_nf4
 from lightning_moe.surgery.after_nf4 import RoundedChannels, rounded_rows
 from lightning_moe.surgery.cut import apply_plan, convert_experts
@@ -30,19 +30,6 @@ from lightning_moe.surgery.least_squares import refit_rows
 from lightning_moe.surgery.repair import has_rows_to_fit, plan_repair
 
 FLOAT64 = torch.float64
-
-
-def make_plan(model, *, keep_C: Tensor) -> PrunePlan:
-    shape = model_shape(model)
-    keep = (keep_C,) * len(shape.layers)
-    return PrunePlan(shape=shape, method="test", prune_ratio=0.5, align=1, keep=keep, provenance={})
-
-
-def mixed_keep() -> Tensor:
-    """Expert 0 stays whole, expert 1 goes, the others keep a random half."""
-    keep_EI = torch.rand(NUM_EXPERTS, WIDTH, generator=torch.Generator().manual_seed(3)) < 0.5
-    keep_EI[0], keep_EI[1] = True, False
-    return keep_EI.reshape(-1)
 
 
 def everything() -> Tensor:
@@ -68,7 +55,7 @@ def rounded_activations(experts, expert: int, *, input_SH: Tensor, keep_n: Tenso
 @pytest.mark.parametrize("expert", [0, 2])
 def test_the_rows_equal_a_direct_fit_on_what_the_packed_channels_give(name, expert):
     model = alike_model(name, noise=0.3, dtype=FLOAT64)
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     text = {"text": [{"input_ids": random_tokens(batch=32, length=64)}]}
     wanted = [[expert], [expert]]
     grams = list(iterate_grams(model, loaders=text, experts=wanted, columns=RoundedChannels(plan=plan), progress=False))
@@ -143,7 +130,7 @@ def output_error(model, whole) -> float:
 @pytest.mark.parametrize(("share", "gain"), [(0.5, 0.95), (1.0, 0.8)], ids=["cut", "whole"])
 def test_packed_experts_are_closer_to_the_whole_ones_than_with_the_ordinary_repair(share, gain):
     whole = alike_model(noise=0.05)
-    plan = make_plan(whole, keep_C=torch.arange(NUM_EXPERTS * WIDTH) % WIDTH < share * WIDTH)
+    plan = alike_plan(whole, keep_C=torch.arange(NUM_EXPERTS * WIDTH) % WIDTH < share * WIDTH)
     errors = []
     for rounded in (True, False):
         model = alike_model(noise=0.05)
@@ -155,7 +142,7 @@ def test_packed_experts_are_closer_to_the_whole_ones_than_with_the_ordinary_repa
 
 def test_the_rows_survive_packing():
     model = alike_model()
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     repair = plan_repair(model, plan=plan, loaders=loaders(batches=8), after_nf4=True, progress=False)
     assert min(repair.num_repaired) >= 4
     apply_plan(model, plan=plan, repair=repair)
@@ -170,11 +157,11 @@ def test_the_rows_survive_packing():
 
 def test_experts_that_are_packed_already_are_fitted_as_they_are():
     model = packed_experts(converted(alike_model()))
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     options = {"plan": plan, "loaders": loaders(batches=1), "progress": False}
     mine, plain = (plan_repair(model, after_nf4=rounded, **options) for rounded in (True, False))
     assert mine.error_before == pytest.approx(plain.error_before, rel=1e-4)
-    nothing_lost = plan_repair(model, **(options | {"plan": make_plan(model, keep_C=everything())}), after_nf4=True)
+    nothing_lost = plan_repair(model, **(options | {"plan": alike_plan(model, keep_C=everything())}), after_nf4=True)
     assert max(nothing_lost.error_before) < 1e-6 * max(plain.error_before)
 
 
@@ -185,23 +172,23 @@ def converted(model):
 
 def test_whether_there_is_something_to_fit():
     model = tiny_model()
-    whole_experts = make_plan(model, keep_C=torch.arange(NUM_EXPERTS * WIDTH) >= WIDTH)
+    whole_experts = alike_plan(model, keep_C=torch.arange(NUM_EXPERTS * WIDTH) >= WIDTH)
     assert not has_rows_to_fit(whole_experts)
     assert has_rows_to_fit(whole_experts, after_nf4=True)
-    assert has_rows_to_fit(make_plan(model, keep_C=mixed_keep()))
-    assert not has_rows_to_fit(make_plan(model, keep_C=everything()))
+    assert has_rows_to_fit(alike_plan(model, keep_C=mixed_keep()))
+    assert not has_rows_to_fit(alike_plan(model, keep_C=everything()))
 
 
 def test_a_model_that_cannot_be_packed_is_refused():
     model = tiny_model(hidden_size=32)
-    plan = make_plan(model, keep_C=everything())
+    plan = alike_plan(model, keep_C=everything())
     with pytest.raises(ValueError, match="multiple of 64, got 32"):
         plan_repair(model, plan=plan, loaders=loaders(), after_nf4=True, progress=False)
 
 
 def test_grams_of_the_channels_as_they_were_are_refused():
     model = tiny_model()
-    plan = make_plan(model, keep_C=mixed_keep())
+    plan = alike_plan(model, keep_C=mixed_keep())
     with pytest.raises(ValueError, match="`grams` are of 16-bit channels, and a repair after NF4 takes its own"):
         plan_repair(model, plan=plan, loaders={}, after_nf4=True, grams=[])
 
@@ -210,7 +197,7 @@ def pruned_by_command(folder: Path, *, keep_C: Tensor, **settings: Any):
     """The model that `prune` writes; its source is `alike_model`."""
     model = alike_model(noise=0.05)
     model.save_pretrained(folder / "source")
-    plan = make_plan(model, keep_C=keep_C)
+    plan = alike_plan(model, keep_C=keep_C)
     plan.save(folder / "plan.json")
     tokenizer = SimpleNamespace(save_pretrained=lambda out: None)
     data: Any = SimpleNamespace(calibration_dataloaders=lambda: loaders(batches=8), tokenizer=tokenizer)
@@ -222,7 +209,7 @@ def pruned_by_command(folder: Path, *, keep_C: Tensor, **settings: Any):
 def test_the_command_repairs_after_nf4_where_nothing_is_cut(tmp_path):
     found = pruned_by_command(tmp_path, keep_C=everything(), repair="after_nf4")
     expected = alike_model(noise=0.05)
-    plan = make_plan(expected, keep_C=everything())
+    plan = alike_plan(expected, keep_C=everything())
     repair = plan_repair(expected, plan=plan, loaders=loaders(batches=8), after_nf4=True, progress=False)
     apply_plan(expected, plan=plan, repair=repair)
     quantize_model(expected)

@@ -1,5 +1,7 @@
 """Sizes counted from a config alone against the files of really saved models."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from family_cases import CASES, EVICTED
@@ -7,7 +9,7 @@ from random_plans import random_plan, uniform_plan
 from sharded_folders import headers_of, shard
 from statistics_factory import make_shape
 from tiny_models import tiny_model
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoConfig
 
 from lightning_moe.evaluation.stages import model_bytes
 from lightning_moe.export.huggingface import save_ragged
@@ -139,18 +141,7 @@ def test_active_parameters_as_measured():
 
 
 def test_qwen3_30b_in_no_time():
-    config = CONFIG_MAPPING["qwen3_moe"](
-        vocab_size=151936,
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_experts_per_tok=8,
-        tie_word_embeddings=False,
-    )
+    config = AutoConfig.from_pretrained(Path(__file__).parent / "model_configs" / "qwen3_30b_a3b.json")
     dense = sizes_of(config, bits=16, dtype=torch.bfloat16)
     assert dense.stored_params(dense.dense) == 30_532_122_624
     assert dense.num_bytes(dense.dense) == pytest.approx(2 * 30_532_122_624, rel=1e-4)

@@ -13,14 +13,9 @@ from lightning_moe.evaluation.tasks import evaluate_tasks
 from lightning_moe.training.tokenization import load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return save_task_sets(tmp_path_factory.mktemp("task_sets"))
-
-
 @pytest.fixture(autouse=True)
-def _local(root, monkeypatch):
-    use_task_sets(monkeypatch, root)
+def _local(tmp_path, monkeypatch):
+    use_task_sets(monkeypatch, save_task_sets(tmp_path / "task_sets"))
 
 
 @pytest.fixture(scope="module")
