@@ -108,7 +108,11 @@ def test_hostile_widths_are_refused(folder, widths, match) -> None:
             r"`packed_linears` names \['nothing.there'\], which are no Linear layers",
         ),
         ("packed_linears", ["model.norm"], "which are no Linear layers"),
-        ("packed_linears", ["model.layers.0.self_attn.q_proj"], "lack the tensor .*q_proj.weight.quant_state"),
+        (
+            "packed_linears",
+            ["model.layers.0.self_attn.q_proj"],
+            r"q_proj\.weight' has shape \(64, 64\) in .*, but config\.json declares \(2048, 1\)",
+        ),
         ("packed_experts", True, "lack the tensor .*gate_proj.codes"),
     ],
 )

@@ -10,13 +10,15 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from typing_extensions import override
 
 from lightning_moe.assets import resolve_asset
@@ -56,11 +58,11 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: There is none, it cannot be read, it would need code of its own, or it has no end-of-text token.
     """
+    location = resolve_asset(source)
     with _Unreadable(source):
+        _check_class(location)
         # Without this answer transformers asks on the terminal whether to run the code of a folder.
-        tokenizer = AutoTokenizer.from_pretrained(resolve_asset(source), trust_remote_code=False)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"`tokenizer_class` is {type(tokenizer).__name__}")
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         if not isinstance(tokenizer.model_max_length, int | float):
             raise TypeError(f"`model_max_length` is {str(tokenizer.model_max_length)[:40]!r}, not a number")
     if tokenizer.eos_token_id is None:
@@ -69,6 +71,17 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
             "Set `eos_token` in its tokenizer_config.json."
         )
     return tokenizer
+
+
+def _check_class(location: str) -> None:
+    """Refuses a class that is no tokenizer's: transformers would load any of its own, a model with its weights too."""
+    config = Path(location) / "config.json"
+    named = get_tokenizer_config(location).get("tokenizer_class")
+    if named is None and config.is_file():
+        named = PreTrainedConfig.get_config_dict(location)[0].get("tokenizer_class")
+    found = tokenizer_class_from_name(named) if isinstance(named, str) else None
+    if isinstance(found, type) and not issubclass(found, PreTrainedTokenizerBase):
+        raise TypeError(f"`tokenizer_class` is {named}, which is no tokenizer")
 
 
 def corpus_rows(
