@@ -35,8 +35,9 @@ def test_an_archive_that_pytorch_did_not_write(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**6))
     assert path.stat().st_size < 10**4
-    with pytest.raises(ValueError, match=r"packed.ckpt' .*it has compressed members, which PyTorch never writes"):
+    with pytest.raises(ValueError, match="it has compressed members, which PyTorch never writes") as refused:
         read_checkpoint(path)
+    assert "packed.ckpt'" in str(refused.value)
 
 
 def test_an_archive_whose_members_share_bytes(tmp_path):
@@ -46,8 +47,9 @@ def test_an_archive_whose_members_share_bytes(tmp_path):
         largest = max(archive.infolist(), key=lambda member: member.file_size)
         archive.filelist += [largest] * 3
         archive.writestr("archive/last", b"")  # makes it write the list of members anew
-    with pytest.raises(ValueError, match=r"shared.ckpt' .*its members are larger than the file"):
+    with pytest.raises(ValueError, match="its members are larger than the file") as refused:
         read_checkpoint(path)
+    assert "shared.ckpt'" in str(refused.value)
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])

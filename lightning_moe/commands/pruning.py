@@ -10,6 +10,7 @@ from lightning_moe.export.apart import check_apart
 from lightning_moe.export.folders import open_folder
 from lightning_moe.export.huggingface import check_replaceable
 from lightning_moe.export.streaming import prune_folder
+from lightning_moe.export.tokenizer_files import save_tokenizer
 from lightning_moe.models.loading import DtypeName, read_config, torch_dtype
 from lightning_moe.quantization.nf4 import check_hidden_size
 from lightning_moe.records import CalibrationStatistics, PrunePlan
@@ -77,7 +78,7 @@ def prune(
             workspace=workspace,
             device=resolve_device(device),
             processes=group,
-            beside=data.tokenizer.save_pretrained,
+            beside=lambda made: save_tokenizer(data.tokenizer, folder=made),
         )
 
 

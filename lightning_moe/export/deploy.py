@@ -15,6 +15,7 @@ from lightning_moe.export.manifest import THROUGH_4_BIT, Manifest, write_manifes
 from lightning_moe.export.model_card import Rows, carry_card, write_card
 from lightning_moe.export.place import made_beside
 from lightning_moe.export.result import ExportResult
+from lightning_moe.export.tokenizer_files import save_tokenizer
 from lightning_moe.export.uniform import is_cut
 from lightning_moe.export.writers import Writer
 from lightning_moe.models.loading import DtypeName
@@ -103,7 +104,7 @@ class _Description:
     def complete(self, result: ExportResult, reloaded: PreTrainedModel, *, cut: bool) -> tuple[str, ...]:
         """Writes them, the card last; what there is to know of the result."""
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(result.base)
+            save_tokenizer(self.tokenizer, folder=result.base)
         manifest = self._manifest(result, reloaded, folder=result.path, format=result.format)
         if result.adapter is not None:  # the base may be the source of another export
             format = "nf4" if manifest.bits["experts"] == 4 else "ragged"

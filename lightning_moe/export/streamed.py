@@ -17,6 +17,7 @@ from lightning_moe.export.model_card import Rows, carry_card, write_card
 from lightning_moe.export.place import NotReproducedError, made_beside
 from lightning_moe.export.result import ExportResult
 from lightning_moe.export.streaming import prune_folder
+from lightning_moe.export.tokenizer_files import save_tokenizer
 from lightning_moe.files import folder_bytes
 from lightning_moe.machine import available_memory
 from lightning_moe.models.folders import LayerFolder
@@ -64,7 +65,7 @@ def export_streamed(
     target, opened = Path(folder) / "nf4", open_folder(source, dtype=dtype)
     check_apart(target, inputs=[source], name="folder", within=False)
     check_replaceable(target)
-    beside = None if tokenizer is None else tokenizer.save_pretrained
+    beside = None if tokenizer is None else lambda made: save_tokenizer(tokenizer, folder=made)
     with made_beside(target, goes_on=True) as made:
         prune_folder(opened, plan=None, out=made, quantize=True, progress=progress, beside=beside)
         cut = FolderCut(folder=opened, plan=None, quantize=True, novices=None, device="cpu")
