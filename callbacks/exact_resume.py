@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from callbacks._epochs import batches_done, note_epochs, plain_loaders, validation_loaders
 from callbacks._trainer import callbacks_of, resumed_checkpoint
+from lightning_moe.training.checkpoint_writing import write_whole_checkpoints
 from lightning_moe.training.random_state import random_state, set_random_state
 
 
@@ -41,8 +42,9 @@ class ExactResume(Callback):
         self.attach(trainer)
 
     def attach(self, trainer: Trainer) -> None:
-        """Notes the epochs of this trainer's loaders."""
+        """Notes the epochs of this trainer's loaders, and lets no checkpoint be half there."""
         self._trainer = trainer
+        write_whole_checkpoints(trainer)
         note_epochs(trainer)
 
     @override

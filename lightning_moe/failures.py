@@ -10,6 +10,8 @@ _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited u
 _PEER = re.compile(r"Connection (?:closed|reset) by peer|Connection closed by|Broken pipe|Socket Timeout|NCCL .*abort")
 # Libraries that find no memory say so in their own ways: a file that cannot be mapped, a module that cannot be loaded.
 _KINDS = (RuntimeError, OSError, ValueError, ImportError)
+_LEAST_BYTES = 64 * 2**20  # with less than this no command gets anywhere
+_NO_MEMORY = "not enough memory{}. Take smaller batches or shorter sequences, or end what else runs there."
 _FORK = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
 
@@ -19,8 +21,17 @@ def failure_of_machine(error: BaseException) -> str | None:
     Args:
         error: what was raised; what it was raised for counts too, since libraries take lack of memory for bad input.
     """
-    told = (_told(cause) for cause in _causes(error))
-    return next((line for line in told if line is not None), None)
+    told = next((line for line in map(_told, _causes(error)) if line is not None), None)
+    return _NO_MEMORY.format("") if told is None and _is_memory_short() else told
+
+
+def _is_memory_short() -> bool:
+    """A parser that could not look into a class blames its input, and tells nobody of the MemoryError."""
+    try:
+        bytearray(_LEAST_BYTES)
+    except MemoryError:
+        return True
+    return False
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -37,7 +48,7 @@ def _told(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, _KINDS) and _MEMORY.search(text)):
         size = re.search(r"allocate (\d+) bytes", text)
         wanted = f" for {int(size[1]) / 1e9:.3g} GB more" if size else ""
-        return f"not enough memory{wanted}. Take smaller batches or shorter sequences, or end what else runs there."
+        return _NO_MEMORY.format(wanted)
     if not isinstance(error, RuntimeError):
         return None
     worker = _WORKER.search(text)

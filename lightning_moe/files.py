@@ -1,5 +1,6 @@
 """Files appear under their final name only when they are whole."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,8 @@ _SAFETENSORS_TYPES = {
     torch.bool: "BOOL",
 }
 _LONGEST_MESSAGE = 300
+# What a write says of a disk that takes no more, without the name of the file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -69,6 +72,9 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
     Works for a file and for a folder (an existing folder of that name is replaced as a whole). What was there before
     stays untouched until the rename.
+
+    Raises:
+        OSError: the file cannot be made; where the disk is full the error names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +83,10 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         move_into_place(temporary, path)
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         remove(temporary)
 

@@ -57,6 +57,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_at_once(folder: Path) -> None:
+    """Removes a folder that must not stay in part under its name when the process is killed meanwhile."""
+    leaving = temporary_path(folder)
+    os.replace(folder, leaving)
+    shutil.rmtree(leaving)
+
+
 def _swap_folders(new: Path, path: Path) -> None:
     """Puts the folder `new` in the place of the folder `path`, in one step where the system has one.
 

@@ -9,20 +9,28 @@ without the cause, gives what an undisturbed run gives. Exit code 1 when a case 
 """
 
 import argparse
+import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NoReturn
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not os.access(os.path.expanduser("~"), os.W_OK):  # the libraries keep caches there
+    home = tempfile.mkdtemp(prefix="faults_home_")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    for variable in ("HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME"):
+        os.environ.setdefault(variable, home)
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from faults.registry import all_cases, left_out  # noqa: E402
-from faults.report import report, summary, write_results  # noqa: E402
+from faults.report import check_writable, report, summary, write_results  # noqa: E402
 from faults.runner import run_cases  # noqa: E402
 from faults.stages import make_baselines  # noqa: E402
 
@@ -30,17 +38,38 @@ from faults.stages import make_baselines  # noqa: E402
 def main(arguments: list[str] | None = None) -> int:
     """Runs the campaign; the exit code."""
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return _campaign(options)
+    except KeyboardInterrupt:
+        print("Interrupted: nothing was counted.", file=sys.stderr)
+        return 130
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """As Ctrl-C: the folder of the runs goes, and so do the processes."""
+    raise KeyboardInterrupt
+
+
+def _campaign(options: argparse.Namespace) -> int:
     cases = [case for case in all_cases() if case.quick or not options.quick]
     cases = [case for case in cases if any(fnmatch(case.title, f"*{only}*") for only in options.only)]
     missing = left_out()
     if options.list:
         print("\n".join(case.title for case in cases))
         return 0
-    if not cases:
-        print(f"No case matches '{options.only}'; --list names them.", file=sys.stderr)
-        return 2
     cases = [case for case in cases if case.fault not in missing]
-    began, work = time.monotonic(), Path(tempfile.mkdtemp(prefix="faults_", dir=options.work)).resolve()
+    if not cases:
+        print(f"No case that this machine can have matches '{options.only}'; --list names all.", file=sys.stderr)
+        return 2
+    try:
+        check_writable(options.json, options.report)
+        if options.work is not None:
+            options.work.mkdir(parents=True, exist_ok=True)
+        began, work = time.monotonic(), Path(tempfile.mkdtemp(prefix="faults_", dir=options.work)).resolve()
+    except OSError as error:
+        print(f"Nothing can be written there: {error}. Name another file or folder.", file=sys.stderr)
+        return 2
     try:
         baselines = make_baselines(work, shipped=options.shipped, wanted={case.stage for case in cases})
         results = run_cases(cases, baselines=baselines, workers=options.workers, keep=options.keep)
@@ -67,7 +96,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shipped", action="store_true", help="with the shipped small model, not a tiny random one")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help=f"cases at a time; default: cores ({cores})")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error(f"--workers must be 1 or more, got {options.workers}")
+    return options
 
 
 if __name__ == "__main__":

@@ -150,6 +150,22 @@ def test_what_a_library_took_for_bad_input_is_told_as_what_it_is():
     assert failure_of_machine(error).startswith("not enough memory.")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory")
+def test_what_the_parser_says_without_memory_is_told_as_what_it_is():
+    program = (
+        "import resource; from jsonargparse import ArgumentError; from lightning_moe import cli\n"
+        "def meets(*_):\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used, used))\n"
+        "    raise ArgumentError(None, \"Option 'source' is not accepted\")\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 2**23\n"
+        "cli.run_command = meets\n"
+        "cli.main(['plan'])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("python -m lightning_moe: plan: not enough memory. Take smaller batches")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("memory"), KeyError("x"), SystemExit(1)])
 def test_errors_of_a_program_keep_their_traceback(error, monkeypatch):
     assert failure_of_machine(error) is None

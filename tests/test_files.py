@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from stored_types import restate_type
 from tensor_peak import tensor_peak
 
 from lightning_moe import renaming
+from lightning_moe.calibration.workspace import Workspace
 from lightning_moe.files import (
     _SAFETENSORS_TYPES,
     LazyTensors,
@@ -189,3 +191,24 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
         os.umask(mask)
     for file in (tmp_path / "one.safetensors", tmp_path / "folder" / "model.safetensors"):
         assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_folder_that_is_removed_never_stays_in_part_under_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).write_text(name)
+
+    def killed(path):
+        (path / "a").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            renaming.remove_at_once(folder)
+    assert not folder.exists()
+    (left,) = tmp_path.iterdir()
+    dead = left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")))
+    Workspace.open(folder, run={})
+    assert not dead.exists()

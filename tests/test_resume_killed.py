@@ -21,7 +21,7 @@ pytestmark = [
 
 TESTS = Path(__file__).parent
 STEP = "lightning_moe.training.module:LanguageModelModule.training_step"
-WRITE = "fsspec.implementations.local:LocalFileOpener.write"
+WRITE = "torch:save"
 BETWEEN = "lightning_moe.surgery.pruner:apply_plan"
 INSIDE = "lightning_moe.surgery.cut:cut_layer"
 FOREIGN = "tiny_runs:ForeignModule.training_step"

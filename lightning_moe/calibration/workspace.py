@@ -1,6 +1,5 @@
 """The folder in which a long command keeps what it needs to go on after it was interrupted."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Self
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.files import read_json, write_json
 from lightning_moe.locks import Lock
-from lightning_moe.renaming import remove
+from lightning_moe.renaming import remove, remove_at_once, remove_left
 
 _RUN = "run.json"
 _TEMPORARY = ".*.tmp"
@@ -62,7 +61,7 @@ class Workspace:
 
     def remove(self) -> None:
         """Removes the folder with all its files."""
-        shutil.rmtree(self.path)
+        remove_at_once(self.path)
         lock = _locks.pop(self.path.absolute(), None)
         if lock is not None:
             lock.release()
@@ -71,6 +70,7 @@ class Workspace:
 def _prepare(path: Path, *, run: Mapping[str, str], another: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+        remove_left(path)
         left = set(path.glob(_TEMPORARY))
         if set(path.iterdir()) - left - {path / _LOCK}:
             _check_same(path, run=run, another=another)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from faults.places import was_missed
 from faults.processes import Ended, command
-from faults.snapshots import contents, copy, snapshot
+from faults.snapshots import contents, copy, is_whole, snapshot
 from faults.stages import Baselines, Stage
 
 # What a command may leave under other names than the final ones, for the next run.
@@ -30,12 +31,14 @@ class Outcome:
         left: what the fault left on the disk.
         again: what the second run gave.
         problems: what should not have been; a case without any has survived.
+        ended_well: the disturbed command ended with code 0: the fault did not matter to it, or its consequence is told.
     """
 
     saw: str
     left: str = "nothing new"
     again: str = "not run"
     problems: tuple[str, ...] = ()
+    ended_well: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,7 @@ def disturbed(
     arguments: Sequence[str] | None = None,
     remedy: Callable[[Path], None] | None = None,
     may_differ: bool = False,
+    may_miss: bool = False,
     runner: Callable[[], Ended] | None = None,
 ) -> Outcome:
     """Runs the stage with a fault, looks at what is left, removes the cause, and runs it again.
@@ -132,6 +136,7 @@ def disturbed(
         arguments: of the disturbed run, if it is not the stage's own command.
         remedy: removes what else caused the fault.
         runner: runs the disturbed command instead; `arguments`, `child` and `signals` are then its own business.
+        may_miss: the place of the fault may not come in this run; otherwise a fault that never struck is no survival.
         may_differ: a disturbed run that ends well may give another output than an undisturbed one (its input differs).
     """
     if spoil is not None:
@@ -143,6 +148,8 @@ def disturbed(
     else:
         ended = runner()
     problems = [expects(ended), *_problems_left(folder, before=before, ended=ended, may_differ=may_differ)]
+    if was_missed(folder.path) and not may_miss:
+        problems.append("the fault never struck")
     left = _new_names(folder, before=before)
     if remedy is not None:
         remedy(folder.path)
@@ -168,7 +175,11 @@ def _compared(folder: CaseFolder, again: Ended, *, ended: Ended, left: str, prob
         problems.append(f"second run: left '{litter[0]}'")
     result = "same output" if not any(one.startswith("second run") for one in problems) else again.last_line
     return Outcome(
-        saw=f"{ended.code}: {ended.last_line}"[:300], left=left, again=result[:300], problems=tuple(problems)
+        saw=f"{ended.code}: {ended.last_line}"[:300],
+        left=left,
+        again=result[:300],
+        problems=tuple(problems),
+        ended_well=ended.code == 0,
     )
 
 
@@ -184,14 +195,24 @@ def _problems_left(folder: CaseFolder, *, before: dict[str, str], ended: Ended, 
         known = path in before or parent or _is_below(path, (*outputs, *folder.stage.keeps))
         if not known and not _WORKING.search(path):
             problems.append(f"'{path}' is new, and no name of an output")
+        kept = _is_below(path, folder.stage.keeps) and not _WORKING.search(path)
+        if kept and (folder.path / path).is_file() and not is_whole(folder.path / path):
+            problems.append(f"'{path}' is half-made")
     older = folder.baselines.older(folder.stage.name)
     for name in outputs:
         found = contents(folder.path / name)
         whole = found == contents(folder.undisturbed() / name)
         as_before = found == (contents(older / name) if any(_is_below(path, (name,)) for path in before) else {})
-        if not whole and (not as_before or ended.code == 0) and not (may_differ and ended.code == 0 and found):
+        other = may_differ and ended.code == 0 and _is_another(folder.path / name, than=folder.undisturbed() / name)
+        if not whole and (not as_before or ended.code == 0) and not other:
             problems.append(f"'{name}' is neither whole nor as it was before")
     return problems
+
+
+def _is_another(output: Path, *, than: Path) -> bool:
+    """Whether an output has all the files of an undisturbed one, each of them whole."""
+    files = contents(output)
+    return bool(files) and set(files) == set(contents(than)) and all(is_whole(output.parent / file) for file in files)
 
 
 def _is_below(path: str, names: Sequence[str]) -> bool:

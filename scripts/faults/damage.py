@@ -57,11 +57,17 @@ def _damaged(name: str, damage: Callable[[Path], None], folder: CaseFolder, *, t
     return disturbed(folder, spoil=lambda path: damage(path / name), expects=expects, may_differ=not told)
 
 
-def _left_damaged(damage: Callable[[Path], None], folder: CaseFolder) -> Outcome:
-    """A killed run, damage to every file that it left, the same command again; where refused, without what was left."""
+def _left_damaged(damage: Callable[[Path], None], folder: CaseFolder, *, ends: str = "") -> Outcome:
+    """A killed run, damage to every file that it left (whose name `ends` so), the same command again.
+
+    Where that is refused, once more without what was left.
+    """
     die = at_place(place(folder, _WORKS[folder.stage.name]), lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     problems = [killed(folder.command(folder.stage.arguments, child=die))]
-    left = [file for file in _working(folder) if file.is_file() and not file.name.endswith("lock")]
+    files = [file for file in _working(folder) if file.is_file() and not file.name.endswith("lock")]
+    left = [file for file in files if file.name.endswith(ends)]
+    if not left:
+        problems.append("the killed run left nothing to damage")
     for file in left:
         damage(file)
     again = folder.command(folder.stage.arguments)
@@ -77,6 +83,7 @@ def _left_damaged(damage: Callable[[Path], None], folder: CaseFolder) -> Outcome
         left=f"{len(left)} damaged files of an interrupted run",
         again="same output" if not any(problems) else last.last_line[:300],
         problems=tuple(dict.fromkeys(problem for problem in problems if problem)),
+        ended_well=again.code == 0,
     )
 
 
@@ -112,6 +119,9 @@ def _cases() -> list[Case]:
         for how, damage in (("cut", partial(truncate, left=0.5)), ("bit", partial(flip, seed=0))):
             run = partial(_left_damaged, damage)
             made.append(Case(name=how, stage=stage, fault="damaged leftovers", run=run))
+    for stage in ("prune", "quantise", "pack"):  # the description of the run is whole: the shards have to tell
+        run = partial(_left_damaged, partial(flip, seed=0), ends=".safetensors")
+        made.append(Case(name="bit in a shard", stage=stage, fault="damaged leftovers", run=run))
     return made
 
 

@@ -14,7 +14,39 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def at_place(number: int, action: Callable[[str, Any], None]) -> Callable[[], None]:
     """For a child process: calls `action(event, its arguments)` right before change `number`, the first is 0."""
-    return _watched(lambda count, event, arguments: action(event, arguments) if count == number else None)
+    return _acting(lambda count: count == number, action)
+
+
+def from_place(number: int, action: Callable[[str, Any], None]) -> Callable[[], None]:
+    """The same before change `number` and each one after it."""
+    return _acting(lambda count: count >= number, action)
+
+
+def _acting(is_due: Callable[[int], bool], action: Callable[[str, Any], None]) -> Callable[[], None]:
+    def install() -> None:
+        waiting = _waiting(Path.cwd())
+        waiting.touch()
+
+        def reached(count: int, event: str, arguments: Any) -> None:
+            if is_due(count):
+                waiting.unlink(missing_ok=True)
+                action(event, arguments)
+
+        _watched(reached)()
+
+    return install
+
+
+def was_missed(folder: Path) -> bool:
+    """Whether the last `at_place` of a process in `folder` never came to its place: nothing was done there."""
+    missed = _waiting(folder).exists()
+    _waiting(folder).unlink(missing_ok=True)
+    return missed
+
+
+def _waiting(folder: Path) -> Path:
+    """Beside the folder, whose contents are compared."""
+    return folder.with_name(f"{folder.name}.waiting")
 
 
 def listing(file: Path) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """One command of lightning_moe in a process of its own, forked so that the libraries are imported once."""
 
+import ctypes
 import os
 import select
 import signal
@@ -15,6 +16,13 @@ from typing import NoReturn
 from lightning_moe import cli
 
 _STEP_S = 0.02
+_ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
+
+
+def end_with_parent() -> None:
+    """This process is killed when the one that forked it ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_ON_PARENTS_DEATH, signal.SIGKILL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,14 @@ class Running:
             signals: seconds after the start, and the signal that is sent then, the earliest first.
             limit_s: after so many seconds it is killed.
         """
-        due, timed_out, status = list(signals), False, None
+        try:
+            return self._end(list(signals), limit_s=limit_s)
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)  # workers that it left behind; itself, if we were interrupted
+
+    def _end(self, due: list[tuple[float, int]], *, limit_s: float) -> Ended:
+        timed_out, status = False, None
         while status is None:
             passed = time.monotonic() - self.began
             if due and passed >= due[0][0]:
@@ -66,7 +81,7 @@ class Running:
             done, found = os.waitpid(self.pid, os.WNOHANG)
             status = found if done else None
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # workers that it left behind
+            os.killpg(self.pid, signal.SIGKILL)  # they hold the pipe open
         while self._read(_STEP_S):
             pass
         os.close(self.reader)
@@ -121,6 +136,8 @@ def command(
 def _run(function: Callable[[], None], *, folder: Path, writer: int, child: Callable[[], None] | None) -> NoReturn:
     """The life of a child: it never returns into the campaign."""
     os.setsid()
+    end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the campaign has a handler of its own
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (writer, 1), (writer, 2)):
         os.dup2(source, target)

@@ -18,6 +18,7 @@ def summary(results: Sequence[Result], *, seconds: float, left_out: Mapping[str,
         "survived": len(results) - len(lost),
         "lost": len(lost),
         "findings": [{"case": one.case.title, "what": "; ".join(one.outcome.problems)} for one in lost],
+        "ended_well": sum(result.outcome.ended_well for result in results),
         "left_out": dict(left_out),
         "full_disk": how_a_disk_is_full(),
         "quick": quick,
@@ -37,19 +38,30 @@ def report(content: Mapping[str, Any]) -> str:
         cells = [_cell([row for row in rows if row["fault"] == fault and row["stage"] == stage]) for stage in stages]
         lines.append(f"| {fault} | " + " | ".join(cells) + " |")
     lines += ["", "{cases} cases, {survived} survived, {lost} lost, {seconds:.0f} s.".format(**content)]
+    lines += ["In {ended_well} of them the disturbed command ended well: it bore the fault.".format(**content)]
     lines += [f"A full disk is {content['full_disk']}."]
     lines += [f"Left out: {fault} ({why})." for fault, why in content["left_out"].items()]
     lines += [f"- LOST {finding['case']}: {finding['what']}" for finding in content["findings"]]
     return "\n".join(lines)
 
 
+def check_writable(*files: Path | None) -> None:
+    """Before minutes of work: the folders of the files that were asked for are there, or made.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    for file in files:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("a").close()
+
+
 def write_results(content: Mapping[str, Any], *, json_file: Path | None, report_file: Path | None) -> None:
     """Writes the files that were asked for."""
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if report_file is not None:
-        report_file.parent.mkdir(parents=True, exist_ok=True)
         report_file.write_text(report(content) + "\n" + _examples(content), encoding="utf-8")
 
 

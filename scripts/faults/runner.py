@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from faults.cases import Case, CaseFolder, Outcome
+from faults.processes import end_with_parent
 from faults.stages import STAGES, Baselines
 from tqdm import tqdm
 
@@ -60,7 +61,8 @@ def _results(cases: Sequence[Case], *, baselines: Baselines, workers: int, keep:
     # Every worker is forked before the pool starts its threads, and inherits the cases, which may hold any function.
     _inherited[:] = cases
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(max_workers=workers, mp_context=fork) as pool:
+    pool = ProcessPoolExecutor(max_workers=workers, mp_context=fork, initializer=end_with_parent)
+    try:
         futures = {pool.submit(_run_inherited, number, baselines, keep): number for number in range(len(cases))}
         for future in as_completed(futures):
             number = futures[future]
@@ -69,6 +71,8 @@ def _results(cases: Sequence[Case], *, baselines: Baselines, workers: int, keep:
             except BrokenProcessPool:
                 broken = Outcome(saw="nothing", problems=("the process that ran the case was ended",))
                 yield number, Result(case=cases[number], outcome=broken, seconds=0.0)
+    finally:
+        pool.shutdown(cancel_futures=True)  # interrupted: what runs ends, the rest is not begun
 
 
 def _run_inherited(number: int, baselines: Baselines, keep: bool) -> dict[str, Any]:

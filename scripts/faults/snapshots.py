@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+
 # Hold the folder of the run, which is another one for each case.
 _PLACES = ("source", "base_model", "folder", "base", "adapter")
 
@@ -21,6 +24,21 @@ def contents(path: Path) -> dict[str, str]:
         return {}
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return {str(file.relative_to(path.parent)): _stable_digest(file) for file in files}
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file can be read to its end, as far as its kind tells."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".ckpt":
+            torch.load(file, weights_only=True)
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+    except (ValueError, OSError, RuntimeError, EOFError, SafetensorError):
+        return False
+    return file.stat().st_size > 0
 
 
 def copy(source: Path, target: Path) -> None:
