@@ -1,5 +1,6 @@
 """The watch over damaged samples sees what it is there for, and a campaign counts it."""
 
+import json
 import os
 import pickle
 import re
@@ -16,6 +17,8 @@ from fuzzing import guard
 from fuzzing.campaign import kinds_of, run_batch
 from fuzzing.guard import guarded
 from fuzzing.readers import Reader, Sample
+
+from lightning_moe.files import read_json
 
 pytestmark = pytest.mark.fuzz
 
@@ -112,3 +115,26 @@ def test_a_batch_is_decided_by_its_number_and_survives_its_child(tmp_path) -> No
     assert {(reader, what) for reader, what, _ in kinds_of(one.findings)} >= {("letters", "KeyError")}
     kept = next(finding for finding in one.findings if finding.what.startswith("KeyError"))
     assert not (tmp_path / "letters" / kept.case / "letters.txt").read_bytes().startswith(b"abc")
+
+
+def make_names(folder: Path) -> None:
+    (folder / "model").mkdir()
+    names = {str(index): "own.txt" for index in range(20)}
+    (folder / "model" / "names.json").write_text(json.dumps(names))
+    (folder / "model" / "own.txt").write_text("own")
+
+
+def follow_names(folder: Path) -> None:
+    """A reader without a check: it opens whatever file a name leads to, where there is one."""
+    content = read_json(folder / "model" / "names.json", what="names")
+    for name in content.values() if isinstance(content, dict) else ():
+        path = folder / "model" / str(name).replace("\0", "")
+        if len(str(name)) < 100 and path.is_file() and not str(name).startswith("/"):
+            path.read_bytes()
+
+
+def test_a_reader_that_follows_names_out_of_its_folder_is_caught(tmp_path) -> None:
+    reader = Reader(name="names", make=make_names, read=follow_names, files=("model/names.json",))
+    sample = Sample.of(reader, folder=tmp_path / "sample")
+    told = [finding.what for finding in run_batch(reader, sample, batch=1, cases=200).findings]
+    assert any(re.search(r"opened .*\.\./\.\./outside", what) for what in told)

@@ -239,3 +239,45 @@ def test_a_digest_that_is_no_text_is_that_of_no_shard(tmp_path) -> None:
     assert writer.done(0)
     next(tmp_path.glob("*.sha256")).write_bytes(b"\xff\xfe")
     assert not writer.done(0)
+
+
+@pytest.mark.parametrize("load", [load_model, open_folder])
+@pytest.mark.parametrize("name", ["other.safetensors", "adapter_model.bin"])
+def test_weights_come_from_the_file_that_was_checked(folder, load, name) -> None:
+    edit(folder / "config.json", lambda config: config.update(transformers_weights=name))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({key: value.fill_(float("nan")) for key, value in tensors.items()}, folder / name)
+    with pytest.raises(ValueError, match=r"config.json': `transformers_weights` names .* as the file of the weights"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("field", ["num_labels", "num_hidden_layers"])
+def test_reading_a_config_takes_no_memory_for_its_lists(folder, field, depth, limited) -> None:
+    more = {field: 10**9}
+    edit(folder / "config.json", lambda config: config.update({"text_config": more} if depth else more))
+    with pytest.raises(ValueError, match=rf"config.json' .*`{field}` must be an integer above 0 and at most \d+, got"):
+        read_config(str(folder))
+
+
+@pytest.mark.parametrize("number", [0, -3, 9, 10**9])
+def test_a_token_takes_one_to_all_experts(folder, number) -> None:
+    edit(folder / "config.json", lambda config: config.update(num_experts_per_tok=number))
+    with pytest.raises(ValueError, match="`num_experts_per_tok` must be between 1 and the 8 experts, got"):
+        load_model(str(folder))
+
+
+def test_a_model_folder_does_not_name_another_base(folder, tmp_path) -> None:
+    """transformers would load the weights of that base in its place."""
+    tiny_model().save_pretrained(tmp_path / "outside")
+    content = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}
+    content["base_model_name_or_path"] = str(tmp_path / "outside")
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is an adapter, not a model"):
+        load_model(str(folder))
+
+
+def test_a_quantisation_whose_library_is_not_there_is_told(folder) -> None:
+    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "vptq"}))
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*vptq"):
+        load_model(str(folder))

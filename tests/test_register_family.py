@@ -23,7 +23,11 @@ def test_every_family_is_as_declared(case):
     [
         ("qwen3_moe", {"router": "gatte"}, r"the block has no 'gatte', it has \['.*'\]"),
         ("qwen3_moe", {"shared_experts": ("shared",)}, "the block has no 'shared'"),
-        ("qwen3_moe", {"expert_count": "num_local"}, "the config has no field 'num_local'"),
+        (
+            "qwen3_moe",
+            {"expert_count": "num_local"},
+            "the config has no field 'num_local', which the declaration names as `expert_count`",
+        ),
         ("qwen3_moe", {"expert_width": "intermediate_size"}, r"must be \[8, 96, 64\] \(`num_experts` 8, `inter"),
         ("qwen3_moe", {"score": "sigmoid"}, "not in proportion to the `sigmoid` of its logits"),
         ("deepseek_v3", {"score": "softmax"}, "not in proportion to the `softmax` of its logits"),

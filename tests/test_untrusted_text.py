@@ -7,7 +7,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageColumn
+from PIL import Image
+from pyarrow import Table
+from pyarrow.parquet import write_table
 
 from lightning_moe.assets import asset_path
 from lightning_moe.training.corpora import Corpus, check_corpus, read_records
@@ -308,3 +312,21 @@ def test_messages_of_wrong_types_are_told_with_the_template(tmp_path, tokenizer)
     (tmp_path / "own.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     with pytest.raises(ValueError, match=r"The chat template of '.*' cannot write .* can only concatenate str"):
         rows_of(tmp_path / "own.jsonl", tokenizer=tokenizer, format="messages")
+
+
+@pytest.mark.parametrize("address", ["file", "http://127.0.0.1:9/picture.png"])
+def test_a_column_of_pictures_opens_no_file_and_no_address(tmp_path, tokenizer, monkeypatch, address):
+    """A parquet file says itself which of its columns are names of pictures; `datasets` would open what they name."""
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (2, 2)).save(outside)
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda *args, **settings: opened.append(args))
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: opened.append(args))
+    picture = {"bytes": None, "path": str(outside) if address == "file" else address}
+    kinds = {"text": Value("string"), "picture": ImageColumn(), "more": List(ImageColumn())}
+    cells = {"text": ["some words"], "picture": [picture], "more": [[picture]]}
+    write_table(Table.from_pydict(cells, schema=Features(kinds).arrow_schema), tmp_path / "own.parquet")
+    assert rows_of(tmp_path / "own.parquet", tokenizer=tokenizer).num_tokens > 0
+    with pytest.raises(ValueError, match="has no field 'picture', only text"):
+        rows_of(tmp_path / "own.parquet", tokenizer=tokenizer, field="picture")
+    assert opened == []

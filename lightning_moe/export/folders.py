@@ -1,12 +1,10 @@
 """Folders that this package wrote, layer by layer, and the choice of who reads a folder."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lightning_moe.assets import resolve_asset
 from lightning_moe.export.huggingface import store_under_own_names
 from lightning_moe.models.discovery import MoeLayer
 from lightning_moe.models.folders import LayerFolder
@@ -14,7 +12,7 @@ from lightning_moe.models.fp8 import QUANT_METHOD as FP8
 from lightning_moe.models.fp8 import quantization_of
 from lightning_moe.models.loading import DtypeName, read_config
 from lightning_moe.models.saving import QUANT_METHOD
-from lightning_moe.models.sources import clear_errors, open_source
+from lightning_moe.models.sources import clear_errors, open_source, refuse_adapter
 from lightning_moe.models.streaming import StockFolder, meta_model
 
 
@@ -67,11 +65,7 @@ def open_folder(source: str, *, dtype: DtypeName = "auto") -> LayerFolder:
     Raises:
         ValueError: the folder is an adapter, is quantised in another way, has no safetensors files, or is damaged.
     """
-    if (Path(resolve_asset(source)).expanduser() / "adapter_config.json").is_file():
-        raise ValueError(
-            f"'{source}' is an adapter, not a model. Merge it into its model first (`export --formats merged`) and "
-            "name that folder."
-        )
+    refuse_adapter(source)
     method = quantization_of(read_config(source)).get("quant_method")
     if method == QUANT_METHOD:
         return RaggedFolder(source, dtype=dtype)

@@ -46,10 +46,15 @@ def _missing_parts(layer: MoeLayer, *, config: PretrainedConfig) -> Iterator[str
     for name in (family.router, family.experts, *family.shared_experts):
         if name not in children:
             yield f"the block has no '{name}', it has {children}"
-    fields = (family.expert_width, family.expert_count, family.shared_count, family.residual_multiplier)
-    for name in fields:
+    fields = {
+        "expert_width": family.expert_width,
+        "expert_count": family.expert_count,
+        "shared_count": family.shared_count,
+        "residual_multiplier": family.residual_multiplier,
+    }
+    for declared, name in fields.items():
         if name is not None and name not in dir(config) and name not in config.attribute_map:
-            yield f"the config has no field '{name}'"
+            yield f"the config has no field '{name}', which the declaration names as `{declared}`"
     weights, tensors = dict(layer.router.named_parameters()), dict(layer.experts.named_parameters())
     if "weight" not in weights or not isinstance(vars(layer.router).get("top_k"), int):
         yield f"the router must have `weight` and `top_k`, {type(layer.router).__name__} has {sorted(weights)}"

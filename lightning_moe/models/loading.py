@@ -28,9 +28,18 @@ from lightning_moe.models.checkpoint_checks import (
     keys_by_name,
     warn_of_dropped,
 )
+from lightning_moe.models.config_text import LARGEST_LAYERS, check_config_text
 from lightning_moe.models.families import FAMILIES, REFUSED, family_of
 from lightning_moe.models.fp8 import dequantised, is_fp8, quantization_of, without_quantization
-from lightning_moe.models.sources import clear_errors, find_file, is_local, location_of, open_source, weight_files
+from lightning_moe.models.sources import (
+    clear_errors,
+    find_file,
+    is_local,
+    location_of,
+    open_source,
+    refuse_adapter,
+    weight_files,
+)
 from lightning_moe.models.stored_tensors import LazyTensor, Part
 from lightning_moe.progress import quiet_transformers
 
@@ -45,7 +54,7 @@ _COUNTS = (
     "moe_intermediate_size",
 )
 # More than any model has, and few enough that a config alone cannot take much memory: names, widths, layers.
-_LARGEST_COUNT, _LARGEST_LAYERS, _LARGEST_EXPERTS = 2**31 - 1, 1000, 2**16
+_LARGEST_COUNT, _LARGEST_EXPERTS = 2**31 - 1, 2**16
 _ANEW = "Write or download it again."
 _CONFIG_ERRORS = (
     StrictDataclassError,
@@ -74,6 +83,7 @@ def load_model(
             damaged, or a weight is missing or of another shape.
     """
     config = read_config(source, any_family=any_family)
+    refuse_adapter(source)
     with clear_errors(source):
         if from_scratch:
             scratch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
@@ -108,7 +118,8 @@ def read_config(source: str, *, any_family: bool = False) -> PretrainedConfig:
     with clear_errors(source):
         location = location_of(source)
         if is_local(source):
-            read_json(Path(location) / "config.json", what="model config")
+            path = Path(location) / "config.json"
+            check_config_text(read_json(path, what="model config"), path=str(path))
         with config_errors(source):
             config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     _check_quantization(config, source=source)
@@ -144,7 +155,7 @@ def check_values(config: PretrainedConfig, *, source: str) -> None:
     text = config.get_text_config()
     experts = family_of(text).expert_count
     values = text.to_dict() | {experts: getattr(text, experts)}  # it may be the other name of another field
-    largest = {"num_hidden_layers": _LARGEST_LAYERS, experts: _LARGEST_EXPERTS}
+    largest = {"num_hidden_layers": LARGEST_LAYERS, experts: _LARGEST_EXPERTS}
     for name in (*_COUNTS, experts):
         value, most = values.get(name, 1), largest.get(name, _LARGEST_COUNT)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
@@ -152,6 +163,12 @@ def check_values(config: PretrainedConfig, *, source: str) -> None:
                 f"{_unusable(source)}: `{name}` must be an integer above 0 and at most {most}, got "
                 f"{value!r:.40}. {_ANEW}"
             )
+    chosen = values.get("num_experts_per_tok", 1)
+    if not isinstance(chosen, int) or not 1 <= chosen <= values[experts]:
+        raise ValueError(
+            f"{_unusable(source)}: `num_experts_per_tok` must be between 1 and the {values[experts]} experts, got "
+            f"{chosen!r:.40}. {_ANEW}"
+        )
     if not isinstance(config.dtype, torch.dtype | None):
         raise ValueError(
             f"{_unusable(source)}: `dtype` must be a type of PyTorch, such as 'bfloat16', got {config.dtype!r:.40}. "

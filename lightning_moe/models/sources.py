@@ -85,8 +85,21 @@ def clear_errors(source: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ImportError) as error:  # a library that a quantisation needs
         raise ValueError(f"The model '{source}' cannot be loaded: {one_line(error)}.") from error
+
+
+def refuse_adapter(source: str) -> None:
+    """Refuses the folder of an adapter: transformers would load the base that it names, from wherever that is.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if (Path(resolve_asset(source)).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(
+            f"'{source}' is an adapter, not a model. Merge it into its model first (`export --formats merged`) and "
+            "name that folder."
+        )
 
 
 def location_of(source: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moe.files import one_line
+from lightning_moe.training.shard_files import TABLE, check_shards
 
 # What PyTorch's restricted unpickler raises where a file says something else than a checkpoint would.
 _ERRORS = (
@@ -39,7 +40,7 @@ def read_checkpoint(path: str | Path, *, trusted: bool = False) -> dict[str, Any
     """A Lightning checkpoint, whose tensors are maps of the file; nothing in it is executed.
 
     Args:
-        path: the file.
+        path: the file, or `meta.pt` in a folder of shards, all of which are then looked through.
         trusted: unpickle it, which runs code that is in it: for files that its user made.
 
     Raises:
@@ -51,6 +52,8 @@ def read_checkpoint(path: str | Path, *, trusted: bool = False) -> dict[str, Any
         raise ValueError(f"There is no checkpoint '{path}': there is no such file.")
     with checkpoint_errors(path):
         _check_archive(path)
+        if not trusted and path.name == "meta.pt" and (path.parent / TABLE).exists():
+            check_shards(path.parent)
         content = torch.load(path, map_location="cpu", weights_only=not trusted, mmap=True)
     check_content(content, path=path)
     return content
@@ -96,10 +99,11 @@ def checkpoint_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except UnpicklingError as error:
-        said = one_line(error).partition("WeightsUnpickler error: ")[2] or one_line(error)
+        told = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2].partition(" Please ")[0]
+        said = told.rpartition("from a trusted source. ")[2]  # what precedes it advises to run the file's code
         raise ValueError(
-            f"The checkpoint '{path}' cannot be read as data: {said.partition(' Please ')[0].rstrip('.')}. It is "
-            "damaged, or holds objects that could run code, which are never made. Take another one."
+            f"The checkpoint '{path}' cannot be read as data: {said[:300].rstrip('.')}. It is damaged, or "
+            "holds objects that could run code, which are never made. Take another one."
         ) from error
     except _ERRORS as error:
         raise ValueError(

@@ -22,6 +22,9 @@ _UNREADABLE = (DatasetGenerationError, DatasetNotFoundError, ArrowException)
 # `datasets` would take such a name for a pattern or an address, and read other files.
 _PATTERN_MARKS = ("*", "?", "[", "]", "{", "}", "::")
 FORMATS = ("text", "instruction", "messages")
+# Kinds of columns that `datasets` reads as they stand; the others hold names of files and addresses, which it opens.
+_PLAIN = {"Value", "ClassLabel", "Json", "List", "LargeList", "Sequence", "Translation", "TranslationVariableLanguages"}
+_PLAIN |= {"Array2D", "Array3D", "Array4D", "Array5D"}
 
 Record = Mapping[str, Any]
 
@@ -132,7 +135,23 @@ def _open(corpus: Corpus, *, name: str) -> Dataset | IterableDataset:
     else:
         streaming = corpus.max_tokens is not None
         records = load_dataset(corpus.source, corpus.subset, split=corpus.split, streaming=streaming)
+    records = _without_media(records)
     return records if corpus.shuffle_seed is None else records.shuffle(seed=corpus.shuffle_seed)
+
+
+def _without_media(records: Any) -> Any:
+    """Without the columns of images, sound and the like: whoever wrote them says which file or address is opened."""
+    kinds = {} if records.features is None else records.features.to_dict()
+    media = [name for name, kind in kinds.items() if not set(_kinds_in(kind)) <= _PLAIN]
+    return records.remove_columns(media) if media else records
+
+
+def _kinds_in(kind: Any) -> Iterator[str]:
+    """Names of the kinds that a column is made of."""
+    if isinstance(kind, dict) and isinstance(kind.get("_type"), str):
+        yield kind["_type"]
+    for part in kind.values() if isinstance(kind, dict) else kind if isinstance(kind, list) else ():
+        yield from _kinds_in(part)
 
 
 def _check_plain(file: str, *, name: str) -> None:

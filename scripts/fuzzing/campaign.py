@@ -20,6 +20,8 @@ from fuzzing.mutations import DamagedSample, damaged
 from fuzzing.readers import Reader, Sample
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+_CONFIGS = ("config.json", "tokenizer_config.json")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -73,9 +75,18 @@ def check_sample(reader: Reader, *, folder: Path) -> Sample:
     return sample
 
 
+def lay_bait(place: Path, sample: Sample) -> None:
+    """Puts a valid file where names that lead out of the sample point to: who follows one opens it, which is seen."""
+    name = min(sample.files, key=lambda name: (not name.endswith(".safetensors"), name))
+    (place / "outside").write_bytes(sample.files[name])
+
+
 def judge(reader: Reader, case: DamagedSample, *, folder: Path) -> Outcome:
     """Writes one damaged sample and reads it."""
     case.write(folder)
+    for name in case.files:
+        if Path(name).name in _CONFIGS and (folder / name).exists():  # code that a config may ask for
+            (folder / name).with_name("evil.py").write_text("class Evil:\n    pass\n")
     return guarded(reader.read, folder, refusals=reader.refusals)
 
 
@@ -120,6 +131,7 @@ def _be_child(reader: Reader, sample: Sample, *, batch: int, cases: int, place: 
 
 def _run_cases(reader: Reader, sample: Sample, *, batch: int, cases: int, place: Path, keep: Path | None) -> None:
     number = 0
+    lay_bait(place, sample)
     with (place / "report.jsonl").open("w", encoding="utf-8") as report:
 
         @seed(batch)

@@ -16,6 +16,7 @@ _TEXTS = (
     "",
     "0",
     "None",
+    "../outside",
     "../../outside",
     "/etc/passwd",
     "a/../../b",
@@ -29,6 +30,8 @@ _TEXTS = (
     "__class__",
     "evil.Evil",
 )
+_CODE = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+_OUTSIDE = tuple(text for text in _TEXTS if "outside" in text)
 SCALARS = st.one_of(
     st.sampled_from(_NUMBERS),
     st.sampled_from(_FLOATS),
@@ -69,9 +72,13 @@ def _at(node: Any, path: Path) -> Any:
 
 def _change(parent: Any, key: Any, draw: Draw) -> None:
     value = parent[key]
-    match draw(st.sampled_from(("replace", "nudge", "retype", "drop", "double", "rename", "wrap", "swap", "add"))):
+    match draw(
+        st.sampled_from(("replace", "lead out", "nudge", "retype", "drop", "double", "rename", "wrap", "swap", "add"))
+    ):
         case "replace":
             parent[key] = draw(VALUES)
+        case "lead out" if isinstance(value, str):
+            parent[key] = draw(st.sampled_from(_OUTSIDE))
         case "nudge":
             parent[key] = _nudged(value, draw)
         case "retype":
@@ -118,7 +125,7 @@ def _add(parent: Any, draw: Draw) -> None:
         parent.append(value)
         return
     key = draw(st.sampled_from((*_TEXTS, "auto_map", "__reduce__", "quantization_config", "version", "kind")))
-    parent[key] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"} if key == "auto_map" else value
+    parent[key] = _CODE if key == "auto_map" else value
 
 
 def encode(tree: Any) -> bytes:
