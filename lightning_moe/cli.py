@@ -163,7 +163,10 @@ def train(arguments: list[str]) -> CompressionCLI:
         auto_configure_optimizers=False,
         save_config_callback=None,
         parser_kwargs={"prog": PROGRAM, "exit_on_error": False}
-        | {name: {"exit_on_error": False} for name in _TRAINING},
+        | {
+            name: {"exit_on_error": False, "usage": _usage(name), "description": summary}
+            for name, summary in _TRAINING.items()
+        },
         args=arguments,
     )
 
@@ -184,10 +187,12 @@ def _stop(message: str, *, code: int) -> NoReturn:
 def command_parser(name: str) -> ArgumentParser:
     """The parser of one command; `data` is TextDataModule's own argument group, as it is for `fit`."""
     command = COMMANDS[name]
-    parser = ArgumentParser(prog=f"{PROGRAM} {name}", description=_summary(name), exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"{PROGRAM} {name}", usage=_usage(name), description=_summary(name), exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with arguments; may be given several times.")
     needs_data = "data" in command.__annotations__
-    parser.add_function_arguments(command, skip={"data"} if needs_data else set())
+    parser.add_function_arguments(command, as_group=False, skip={"data"} if needs_data else set())
     if needs_data:
         parser.add_class_arguments(TextDataModule, "data")
     return parser
@@ -200,7 +205,7 @@ def overview() -> str:
     lines = [f"  {name:<10} {summaries[name]}" for name in order]
     return "\n".join(
         [
-            f"usage: {PROGRAM} SUBCOMMAND [--config FILE] [options]",
+            f"usage: {_usage('SUBCOMMAND')}",
             "",
             *lines,
             "",
@@ -209,6 +214,10 @@ def overview() -> str:
             "",
         ]
     )
+
+
+def _usage(name: str) -> str:
+    return f"{PROGRAM} {name} [--config FILE] [options]"
 
 
 def _summary(name: str) -> str:

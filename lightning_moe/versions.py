@@ -47,7 +47,7 @@ def check_versions() -> None:
 
 def _problem(name: str, needed: str) -> str | None:
     try:
-        found = version(name)
+        found = version(name) or "unknown"  # None where an interrupted installation left an empty folder
     except PackageNotFoundError:
         return f"{name} {needed} or newer (not installed)"
     return None if release(found) >= release(needed) else f"{name} {needed} or newer (installed: {found})"

@@ -53,6 +53,9 @@ def blocks(page: Path) -> Iterator[Block]:
     start, language, indent, says = None, "", "", {}
     for number, line in enumerate(lines):
         fence = _FENCE.match(line)
+        assert fence or not line.lstrip().startswith(("```", "~~~")), (
+            f"{page}:{number + 1}: not a plain fence: {line!r}"
+        )
         if start is None and fence:
             start, language, indent = number, fence["language"], fence["indent"]
             says = _comments_above(lines, number)

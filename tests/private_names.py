@@ -12,7 +12,7 @@ OWN = ("lightning_moe", "callbacks")
 BUILT_IN = ("builtins", "abc", "typing", "collections")
 # Private by their spelling only: documented parts of named tuples and of `os`.
 PUBLIC = {"_fields", "_replace", "_asdict", "_exit"}
-_STRING = re.compile(r"_[a-z][a-z_]*")
+_STRING = re.compile(r"_[A-Za-z]\w*")
 
 
 def is_private(name: str) -> bool:
@@ -94,6 +94,8 @@ def _used(source: Source, *, ours: set[str]) -> Iterator[str]:
             yield node.name
         elif isinstance(node, ast.Attribute) and node.attr not in (ours if _is_self(node.value) else source.members):
             yield node.attr
+        elif isinstance(node, ast.keyword) and node.arg is not None and node.arg not in ours:
+            yield node.arg
         else:
             yield from (text for text in _looked_up(node) if _STRING.fullmatch(text))
 

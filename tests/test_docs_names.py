@@ -85,3 +85,11 @@ def test_a_wrong_path_or_anchor_would_be_found(tmp_path):
     assert not exists("scripts/bench_{load,nothing}.py", page=page)
     assert exists("scripts/bench_{load,dora}.py", page=page)
     assert not exists("nothing.csv", page=page)
+
+
+@pytest.mark.parametrize("fence", ["```python title=x", "~~~python", "```c++"])
+def test_a_fence_that_would_hide_its_block_is_refused(fence, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{fence}\nraise SystemExit\n{fence[:3]}\n")
+    with pytest.raises(AssertionError, match="not a plain fence"):
+        list(blocks(page))

@@ -52,14 +52,16 @@ def test_the_page_lists_them_all(used):
         ("trainer.loop._loaders = 3", {"_loaders"}),
         ("vars(module)['_hook']", {"_hook"}),
         ("vars(module).get('_hook')", {"_hook"}),
-        ("NAMES = ('_one', '_two')", {"_one", "_two"}),
+        ("NAMES = ('_one', '_two', '_Three', '_FOUR_4')", {"_one", "_two", "_Three", "_FOUR_4"}),
         ("class A(B):\n @override\n def _read(self): super()._read()", {"_read"}),
         ("class A(B):\n def f(self): return self._inherited", {"_inherited"}),
+        ("load(path, _quietly=True)", {"_quietly"}),
         # Names of our own.
         ("class A:\n def _f(self): self._x = self._f()\ndef g(a): return a._x", set()),
         ("from lightning_moe.files import _own", set()),
         ("text = name.removesuffix('_sum')", set()),
         ("point._replace(x=1)", set()),
+        ("class A:\n _x: int\nA(_x=1)", set()),
         ("_, rest = pair; model.__dict__", set()),
     ],
 )

@@ -138,6 +138,13 @@ def test_nothing_heavy_is_imported_before_the_check(tmp_path):
     ]
 
 
+def test_what_an_interrupted_installation_leaves_is_no_version(monkeypatch, tmp_path):
+    (tmp_path / "psutil-7.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"psutil 5\.9\.5 or newer \(installed: unknown\)"):
+        check_versions()
+
+
 def test_release():
     assert release("5.20.2") == (5, 20, 2)
     assert release("2.6") == release("2.6.0") == (2, 6)
