@@ -1,7 +1,9 @@
 """Measures the code against the project's bounds and prints a table; exit code 1 where a bound is broken.
 
 Lengths of files and functions, annotations, docstrings with shapes and units, raised messages and their tests,
-guessing, repeated blocks, the size of the tests, configs with results. It reads the files and runs nothing.
+guessing, repeated blocks, the size of the tests, configs with results. It reads the files and runs nothing: layers are
+shown by `tests/test_layers.py`, types by pyright, and what resumes, is cut or is merged alike by tests of their own.
+Lengths of functions are without docstrings; where that hides something, the figure with them stands beside it.
 
     python scripts/yardstick.py [--offenders 5] [--json FILE]
 """

@@ -19,6 +19,7 @@ from lightning_moe.records import PrunePlan
 # One of each kind of router; `_grouped` first choose groups of experts.
 UNGROUPED = ("qwen3_moe", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe")
 GROUPED = ("deepseek_v2_grouped", "deepseek_v3_grouped")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,10 @@ class ModelCase:
     overrides: Mapping[str, Any]
     rule: RouterRule
     seed: int
+    dtype: torch.dtype = torch.float32
 
     def model(self) -> PreTrainedModel:
-        model = tiny_model(self.name, seed=self.seed, **self.overrides)
+        model = tiny_model(self.name, seed=self.seed, dtype=self.dtype, **self.overrides)
         model.set_experts_implementation("eager")  # the stock grouped product refuses widths that are not 16 bytes
         return model
 
@@ -40,7 +42,12 @@ class ModelCase:
 
 
 @st.composite
-def model_cases(draw: st.DrawFn, *, names: tuple[str, ...] = UNGROUPED + GROUPED) -> ModelCase:
+def model_cases(
+    draw: st.DrawFn,
+    *,
+    names: tuple[str, ...] = UNGROUPED + GROUPED,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> ModelCase:
     """K from 1 to E, one expert alone, groups of one that need all of theirs; hidden 64, one or two MoE layers."""
     name = draw(st.sampled_from(names))
     family = FAMILIES[name.removesuffix("_grouped")]
@@ -61,7 +68,7 @@ def model_cases(draw: st.DrawFn, *, names: tuple[str, ...] = UNGROUPED + GROUPED
     }
     if name == "ernie4_5_moe":
         overrides["moe_k"] = overrides["num_experts_per_tok"]
-    return ModelCase(name=name, overrides=overrides, rule=rule, seed=draw(seeds))
+    return ModelCase(name=name, overrides=overrides, rule=rule, seed=draw(seeds), dtype=draw(st.sampled_from(dtypes)))
 
 
 @torch.no_grad()

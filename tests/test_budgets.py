@@ -9,7 +9,7 @@ from statistics_factory import hand_statistics, make_statistics, shape_of
 from tiny_models import tiny_model
 
 from lightning_moe.allocation import ExactGlobal, PaperA, build_method
-from lightning_moe.allocation.budgets import Budget, plan_for_budget, spend_budget
+from lightning_moe.allocation.budgets import Budget, spend_budget
 from lightning_moe.allocation.meter import Meter
 from lightning_moe.allocation.units import format_bytes, format_params, parse_bytes, parse_params
 from lightning_moe.allocation.usage import active_channels, rerouted, usage_costs, usage_shares
@@ -170,7 +170,7 @@ def active_share(plan, statistics):
 
 def test_a_weight_that_is_set_stays():
     statistics = make_statistics(num_layers=3, num_experts=8, width=64)
-    plan = plan_for_budget(ExactGlobal(usage_weight=0.25), statistics, budget=Budget(active=0.6, keep_ratio=0.7))
+    plan = spend_budget(ExactGlobal(usage_weight=0.25), statistics, budget=Budget(active=0.6, keep_ratio=0.7)).plan
     assert json.loads(plan.provenance["settings"])["usage_weight"] == 0.25
     with pytest.raises(ValueError, match=r"`usage_weight` must be in \[0, 1\], got 1.5"):
         ExactGlobal(usage_weight=1.5)
@@ -197,7 +197,7 @@ def test_the_plan_can_be_made_again_from_its_provenance(name):
     statistics = make_statistics(width=[32, 28, 8, 32, 16, 24, 16, 32], optional=True, seed=1)
     for keep_ratio in (0.45, 0.63, 0.8):
         budget = Budget(keep_ratio=keep_ratio, bytes=10**9)
-        plan = plan_for_budget(build_method(name), statistics, budget=budget, sizes=sizes)
+        plan = spend_budget(build_method(name), statistics, budget=budget, sizes=sizes).plan
         method = build_method(plan.method, **json.loads(plan.provenance["settings"]))
         again = method.plan(statistics, prune_ratio=json.loads(plan.provenance["budget"])["method_ratio"])
         assert kept(again) == kept(plan)
@@ -205,20 +205,20 @@ def test_the_plan_can_be_made_again_from_its_provenance(name):
 
 def test_a_budget_of_the_files_says_how_they_are_stored():
     sizes, statistics = tiny_sizes_and_statistics(16)
-    plan = plan_for_budget(ExactGlobal(), statistics, budget=Budget(bytes=10**9), sizes=sizes)
+    plan = spend_budget(ExactGlobal(), statistics, budget=Budget(bytes=10**9), sizes=sizes).plan
     record = json.loads(plan.provenance["budget"])
     assert (record["bits"], record["dtype"], record["method_ratio"]) == (16, "bfloat16", 0.0)
     assert "bits" not in json.loads(
-        plan_for_budget(ExactGlobal(), statistics, budget=Budget(active=0.5)).provenance["budget"]
+        spend_budget(ExactGlobal(), statistics, budget=Budget(active=0.5)).plan.provenance["budget"]
     )
 
 
 def test_a_ratio_alone_is_the_methods_own():
     statistics = make_statistics()
     for method in (ExactGlobal(), PaperA()):
-        plan = plan_for_budget(method, statistics, budget=Budget(prune_ratio=0.5))
+        plan = spend_budget(method, statistics, budget=Budget(prune_ratio=0.5)).plan
         assert plan.digest == method.plan(statistics, prune_ratio=0.5).digest
-        assert plan.digest == plan_for_budget(method, statistics, budget=Budget(keep_ratio=0.5)).digest
+        assert plan.digest == spend_budget(method, statistics, budget=Budget(keep_ratio=0.5)).plan.digest
         record = json.loads(plan.provenance["budget"])
         assert record["asked"] == {"prune_ratio": 0.5}
         assert record["binding"] == ["prune_ratio"]
@@ -283,29 +283,29 @@ def test_what_cannot_be_met_is_said_before_a_plan_is_made(monkeypatch):
     smallest = format_bytes(sizes.num_bytes([[4, 4] + [0] * 6] * 2))
     match = rf"No plan keeps bytes within 1.000 KB: .* it is {smallest}. Ask for more, count in 4 bit"
     with pytest.raises(ValueError, match=match):
-        plan_for_budget(ExactGlobal(align=4), statistics, budget=Budget(bytes=1000), sizes=sizes)
+        spend_budget(ExactGlobal(align=4), statistics, budget=Budget(bytes=1000), sizes=sizes)
     with pytest.raises(
         ValueError, match=r"No plan keeps active within 0.1000: .* it is 0.1250. Ask for more, or lower"
     ):
-        plan_for_budget(ExactGlobal(align=4), statistics, budget=Budget(active=0.1))
+        spend_budget(ExactGlobal(align=4), statistics, budget=Budget(active=0.1))
     with pytest.raises(ValueError, match="needs the sizes of the model's files: give `sizes`"):
-        plan_for_budget(ExactGlobal(), statistics, budget=Budget(bytes=10**6))
+        spend_budget(ExactGlobal(), statistics, budget=Budget(bytes=10**6))
 
 
 def test_the_smallest_plan_of_a_method_is_named():
     statistics = make_statistics(num_layers=2, num_experts=8, width=32)
     with pytest.raises(ValueError, match=r"No plan of 'exact_global' keeps keep_ratio within 0.2000: .* has 0.2500"):
-        plan_for_budget(ExactGlobal(align=8, expert_floor=8), statistics, budget=Budget(keep_ratio=0.2, active=1.0))
+        spend_budget(ExactGlobal(align=8, expert_floor=8), statistics, budget=Budget(keep_ratio=0.2, active=1.0))
     with pytest.raises(ValueError, match=r"No plan of 'expert_dropping' .* has 1.0000 .* take a method that cuts"):
-        plan_for_budget(build_method("reap"), statistics, budget=Budget(active=0.8))
+        spend_budget(build_method("reap"), statistics, budget=Budget(active=0.8))
     with pytest.raises(ValueError, match=r"No plan of 'expert_dropping' .* cut channels instead"):
-        plan_for_budget(build_method("reap"), statistics, budget=Budget(keep_ratio=0.1, active=1.0))
+        spend_budget(build_method("reap"), statistics, budget=Budget(keep_ratio=0.1, active=1.0))
 
 
 def test_settings_that_a_method_refuses_are_no_matter_of_the_budget():
     statistics = make_statistics()
     with pytest.raises(ValueError, match="Calibrate again"):
-        plan_for_budget(build_method("mone"), statistics, budget=Budget(active=1.0, keep_ratio=0.5))
+        spend_budget(build_method("mone"), statistics, budget=Budget(active=1.0, keep_ratio=0.5))
     sizes, _ = tiny_sizes_and_statistics()
     with pytest.raises(ValueError, match=r"The sizes are of another model: hidden size 64 and 2 MoE layers"):
         spend_budget(ExactGlobal(), make_statistics(num_layers=3), budget=Budget(bytes=10**6), sizes=sizes)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from property_models import GROUPED, UNGROUPED, assert_same_tensors, logits_of, model_cases
+from property_models import DTYPES, GROUPED, UNGROUPED, assert_same_tensors, logits_of, model_cases
 from property_strategies import cases, plan_of, seeds
 from reference_moe import mask_stock_model
 from tiny_models import tiny_model
@@ -40,7 +40,7 @@ def test_a_cut_is_the_mask(names):
     check()
 
 
-@given(case=model_cases(), seed=seeds)
+@given(case=model_cases(dtypes=DTYPES), seed=seeds)
 @cases(20)
 def test_packing_and_cutting_change_places(case, seed):
     plan = case.plan(seed=seed)
@@ -55,7 +55,7 @@ def test_packing_and_cutting_change_places(case, seed):
     assert_same_tensors(first_packed, first_cut)
 
 
-@given(case=model_cases(), seed=seeds)
+@given(case=model_cases(dtypes=DTYPES), seed=seeds)
 @cases(20)
 def test_two_cuts_are_one_cut_of_the_union(case, seed):
     twice, once, first = case.model(), case.model(), case.plan(seed=seed, share=0.8)
@@ -76,7 +76,7 @@ def test_two_cuts_are_one_cut_of_the_union(case, seed):
     assert torch.equal(logits_of(twice), logits_of(once))
 
 
-@given(case=model_cases(), seed=seeds)
+@given(case=model_cases(dtypes=DTYPES), seed=seeds)
 @cases(20)
 def test_the_structure_of_a_cut_model_is_its_plan(case, seed):
     cut, fresh, plan = case.model(), case.model(), case.plan(seed=seed)
@@ -116,7 +116,7 @@ def test_a_router_that_needs_two_experts_is_not_left_with_one():
         apply_plan(model, plan=plan)
 
 
-@given(case=model_cases(), seed=seeds)
+@given(case=model_cases(dtypes=DTYPES), seed=seeds)
 @cases(6)
 @pytest.mark.parametrize("packed", [False, True], ids=["16 bit", "nf4"])
 def test_a_cut_model_comes_back_from_its_folder(packed, case, seed):
@@ -126,7 +126,7 @@ def test_a_cut_model_comes_back_from_its_folder(packed, case, seed):
         quantize_model(model)
     with tempfile.TemporaryDirectory() as folder:
         save_ragged(model, Path(folder))
-        loaded = load_model(folder, dtype="float32")
+        loaded = load_model(folder, dtype=str(case.dtype).removeprefix("torch."))
         assert_same_tensors(loaded, model)
         assert model_shape(loaded) == model_shape(model)
         assert torch.equal(logits_of(loaded), logits_of(model))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from property_models import ModelCase, model_cases
 from property_strategies import cases, generator_of, model_shapes, plans, seeds, statistics
@@ -17,6 +17,7 @@ from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.models.discovery import moe_layers
 from lightning_moe.models.routers import row_tensor, set_row_tensor
 from lightning_moe.records import STATISTICS, CalibrationStatistics, PrunePlan
+from lightning_moe.records.statistics import WEIGHT_NORMS
 
 pytestmark = pytest.mark.property
 
@@ -43,10 +44,15 @@ def numbers(made: CalibrationStatistics) -> dict[tuple, list]:
 
 @st.composite
 def same_model(draw: st.DrawFn) -> list[CalibrationStatistics]:
-    """Three calibrations of one model, each of one corpus or two."""
+    """Three calibrations of one model, each of one corpus or two; older ones without sums of absolute weights."""
     shape = draw(model_shapes(max_layers=2))
     drawn = [whole_numbers(draw(statistics(shapes=st.just(shape)))) for _ in range(3)]
-    return [CalibrationStatistics(shape=shape, corpora=one.corpora, weights=drawn[0].weights) for one in drawn]
+    full = drawn[0].weights
+    norms_only = tuple({name: norms[name] for name in WEIGHT_NORMS} for norms in full)
+    return [
+        CalibrationStatistics(shape=shape, corpora=one.corpora, weights=draw(st.sampled_from((full, norms_only))))
+        for one in drawn
+    ]
 
 
 @given(three=same_model())
@@ -64,6 +70,7 @@ def test_merging_is_adding_in_any_order(three):
     for index, sums in enumerate(left.total()):
         assert all(torch.equal(sums[name], expected[index, name]) for name in sums)
     assert set(left.corpora) == set(first.corpora) | set(second.corpora) | set(third.corpora)
+    assert all(set(norms) == set.intersection(*(set(one.weights[0]) for one in three)) for norms in left.weights)
 
 
 @given(made=statistics(shapes=model_shapes(max_layers=2)), plan=plans())
@@ -119,7 +126,7 @@ def test_statistics_of_the_parts_add_up_to_those_of_the_text(case, seed, sizes, 
             assert_near(mine[name], theirs[name], what=name)
 
 
-@given(case=model_cases(names=PLAIN), seed=seeds)
+@given(case=model_cases(names=PLAIN, dtypes=(torch.float64,)), seed=seeds)
 @cases(12)
 def test_experts_in_another_order_have_the_same_statistics(case, seed):
     batches = random_batches(seed=seed, sizes=[(2, 9), (1, 5)])
@@ -136,7 +143,7 @@ def test_experts_in_another_order_have_the_same_statistics(case, seed):
         orders.append({"E": order_E, "C": channels_C})
     mine = collect_statistics(turned, loaders={"text": batches}, progress=False).total()
     for sums, expected, order in zip(mine, collected(case, batches).total(), orders, strict=True):
-        assume(torch.equal(sums["count"], expected["count"][order["E"]]))  # no tie of two experts fell the other way
+        assert torch.equal(sums["count"], expected["count"][order["E"]])  # fp64: no two experts are nearly equal
         for name, value in expected.items():
             for dim, letter in enumerate(STATISTICS[name].dims):
                 value = value.index_select(dim, order[letter]) if letter in order else value

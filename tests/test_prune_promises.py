@@ -7,7 +7,7 @@ import torch
 from tiny_models import random_tokens, tiny_model
 
 from lightning_moe.allocation import ExactGlobal, build_method
-from lightning_moe.allocation.budgets import Budget, plan_for_budget
+from lightning_moe.allocation.budgets import Budget, spend_budget
 from lightning_moe.calibration.collector import collect_statistics
 from lightning_moe.commands import calibration, pruning
 from lightning_moe.export.huggingface import save_ragged
@@ -67,7 +67,7 @@ def never(*_, **__):
 def test_another_folder_than_the_budget_was_counted_for_is_refused(budget, options, message, folder, monkeypatch):
     monkeypatch.setattr(pruning, "open_folder", never)
     sizes = read_sizes(str(folder / "model"), bits=4)
-    plan = plan_for_budget(ExactGlobal(align=4), statistics(folder), budget=budget, sizes=sizes)
+    plan = spend_budget(ExactGlobal(align=4), statistics(folder), budget=budget, sizes=sizes).plan
     with pytest.raises(ValueError, match=message):
         prune(folder, plan, **options)
 
@@ -76,7 +76,9 @@ def test_the_folder_that_the_budget_was_counted_for_is_written(folder):
     sizes = read_sizes(str(folder / "model"), bits=4)
     budget = Budget(bytes=120_000)
     prune(
-        folder, plan_for_budget(ExactGlobal(align=4), statistics(folder), budget=budget, sizes=sizes), dtype="bfloat16"
+        folder,
+        spend_budget(ExactGlobal(align=4), statistics(folder), budget=budget, sizes=sizes).plan,
+        dtype="bfloat16",
     )
     assert load_model(str(folder / "out"))
 

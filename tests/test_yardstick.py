@@ -5,9 +5,9 @@ import json
 import pytest
 import yardstick
 from measures.habits import measure_habits
-from measures.lengths import code_lines
+from measures.lengths import code_lines, measure_functions
 from measures.raises import measure_raises
-from measures.repeats import repeated
+from measures.repeats import measure_repeats, repeated
 from measures.signatures import measure_signatures
 from measures.source import ROOT, Measured, Source
 
@@ -41,6 +41,14 @@ def message(raised: str, *, pattern: str) -> list[str]:
 def test_a_function_is_counted_without_its_docstring() -> None:
     (node,) = source('def f(a):\n    """One.\n\n    Two.\n    """\n    b = a\n    return b\n').functions
     assert code_lines(node) == 3  # def, b, return
+
+
+def test_the_longest_function_is_shown_with_its_docstring_too() -> None:
+    docs = "".join(f"    line {number}\n" for number in range(60))
+    long = source(f'def f(a):\n    """One.\n\n{docs}    """\n    return a\n', name="callbacks/example.py")
+    hook = source("class A:\n    @override\n    def on_fit(self): ...\n", name="callbacks/other.py")
+    row = measured(measure_functions([long, hook], beside=[hook]), "longest function (library)")
+    assert (row.value, row.holds) == ("2 lines (65 with docstring)", True)
 
 
 def test_an_argument_without_annotation_is_named() -> None:
@@ -99,6 +107,11 @@ def test_six_equal_lines_are_found_and_five_are_not() -> None:
     assert repeated([one, five]) == []
 
 
+def test_a_script_that_repeats_the_library_is_found() -> None:
+    rows = measure_repeats([source(SIX)], beside=[source(SIX, name="scripts/other.py")])
+    assert [row.value for row in rows] == ["0", "1"]
+
+
 def test_signatures_and_comments_are_no_repeated_code() -> None:
     arguments = "".join(f"    {name}: int,\n" for name in "abcdefgh")
     assert repeated([source(f"def f(\n{arguments}):\n    return a\n\n\ndef g(\n{arguments}):\n    return b\n")]) == []
@@ -124,6 +137,18 @@ def test_what_the_library_never_does_is_found(line: str, name: str) -> None:
         "getattr(config, 'width')\nfrom pickle import UnpicklingError\ntry:\n    f()\nexcept KeyError: ...\n"
     )
     assert measured(measure_habits([allowed], tests=[test]), name).value == "0"
+
+
+def test_look_ups_that_guess_are_shown() -> None:
+    guesses = "vars(model).get('experts')\nrouter.__dict__.pop('top_k', 0)\n"
+    library = source(f"{guesses}vars(config)['width']\nvars(config).pop('width')\n")
+    row = measured(measure_habits([library], tests=[source("assert 1\n")]), "look-ups in vars() with a default")
+    assert (row.value, row.holds, len(row.offenders)) == ("2", True, 2)
+
+
+def test_messages_that_are_made_elsewhere_are_counted_as_not_judged() -> None:
+    library = source("def f(why):\n    raise ValueError(why)\n")
+    assert measure_raises([library], tests=[])[0].value == "0.0 % (0 of 0); 1 not judged"
 
 
 def test_the_size_of_the_tests_counts_what_proves() -> None:

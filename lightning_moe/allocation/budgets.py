@@ -84,18 +84,6 @@ class BudgetPlan:
     binding: tuple[str, ...]
 
 
-def plan_for_budget(
-    method: PruningMethod,
-    statistics: CalibrationStatistics,
-    *,
-    budget: Budget,
-    sizes: ModelSizes | None = None,
-    corpora: Sequence[str] | None = None,
-) -> PrunePlan:
-    """The largest plan of a method within a budget; see `spend_budget`."""
-    return spend_budget(method, statistics, budget=budget, sizes=sizes, corpora=corpora).plan
-
-
 def spend_budget(
     method: PruningMethod,
     statistics: CalibrationStatistics,

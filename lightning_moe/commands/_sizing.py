@@ -16,6 +16,7 @@ from lightning_moe.commands._fit_training import TrainingQuestion
 from lightning_moe.commands._shared import check_writable, files_of
 from lightning_moe.export.apart import check_apart
 from lightning_moe.files import read_json, write_json
+from lightning_moe.models.config_text import check_config_text
 from lightning_moe.models.loading import DtypeName, check_values, config_errors, read_config
 from lightning_moe.models.sources import clear_errors, find_file
 from lightning_moe.quantization.size import Bits, generation_bytes
@@ -254,6 +255,7 @@ def _read_file(source: str) -> PretrainedConfig:
     content = read_json(path, what="model config")
     if not isinstance(content, dict) or "model_type" not in content:
         raise ValueError(f"'{source}' is no config.json of a model: it has no `model_type`.")
+    check_config_text(content, path=source)
     with clear_errors(source), config_errors(source):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_values(config, source=source)

@@ -31,8 +31,8 @@ class Message:
 
 def measure_raises(library: Sequence[Source], *, tests: Sequence[Source]) -> list[Measured]:
     """Shares of raises whose message carries a value, and of those that a test matches."""
-    messages = [message for source in library for message in _messages(source)]
-    messages = [message for message in messages if _can_be_judged(message.text)]
+    raised = [message for source in library for message in _messages(source)]
+    messages = [message for message in raised if _can_be_judged(message.text)]
     without = [message.where for message in messages if _HOLE not in message.text and not _NOTHING.search(message.text)]
     patterns = _Patterns(tests)
     untested = [message.where for message in messages if not patterns.match(message.text)]
@@ -40,7 +40,7 @@ def measure_raises(library: Sequence[Source], *, tests: Sequence[Source]) -> lis
     return [
         Measured(
             name="raises that carry a value",
-            value=percent(carried, len(messages)),
+            value=f"{percent(carried, len(messages))}; {len(raised) - len(messages)} not judged",
             target=f">= {VALUE_SHARE:.0%}",
             holds=carried >= VALUE_SHARE * len(messages),
             offenders=tuple(without),
