@@ -252,7 +252,7 @@ def test_weights_come_from_the_file_that_was_checked(folder, load, name) -> None
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("field", ["num_labels", "num_hidden_layers"])
+@pytest.mark.parametrize("field", ["num_labels", "num_hidden_layers", "head_dim", "qk_rope_head_dim"])
 def test_reading_a_config_takes_no_memory_for_its_lists(folder, field, depth, limited) -> None:
     more = {field: 10**9}
     edit(folder / "config.json", lambda config: config.update({"text_config": more} if depth else more))

@@ -3,8 +3,8 @@
 from typing import Any
 
 LARGEST_LAYERS = 1000  # more than any model has
-# Of these transformers makes lists while it reads a config.
-_LISTED = {"num_hidden_layers": LARGEST_LAYERS, "num_labels": 2**16}
+# Of the first two transformers makes lists while it reads a config, of the others tables of rotations.
+_LARGEST = {"num_hidden_layers": LARGEST_LAYERS, "num_labels": 2**16, "head_dim": 2**16, "qk_rope_head_dim": 2**16}
 
 
 def check_config_text(content: Any, *, path: str) -> None:
@@ -18,10 +18,10 @@ def check_config_text(content: Any, *, path: str) -> None:
         ValueError: see above.
     """
     for name, value in content.items() if isinstance(content, dict) else ():
-        if name in _LISTED and isinstance(value, int | float) and not value <= _LISTED[name]:
+        if name in _LARGEST and isinstance(value, int | float) and not value <= _LARGEST[name]:
             raise ValueError(
                 f"'{path}' holds a value that the model cannot be made with: `{name}` must be an integer above 0 and "
-                f"at most {_LISTED[name]}, got {value!r:.40}. Write or download it again."
+                f"at most {_LARGEST[name]}, got {value!r:.40}. Write or download it again."
             )
         if name == "transformers_weights" and value is not None:
             raise ValueError(
