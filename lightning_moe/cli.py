@@ -20,7 +20,7 @@ import callbacks
 from lightning_moe.commands import COMMANDS
 from lightning_moe.commands._yaml import check_config_files, checked_configs
 from lightning_moe.failures import failure_of_machine
-from lightning_moe.signals import SIGNAL_CODE, Terminated, signals_raise
+from lightning_moe.signals import SIGNAL_CODE, Terminated, forget_children, signals_raise
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.module import LanguageModelModule
 
@@ -110,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 train(arguments)
     except (KeyboardInterrupt, Terminated, SystemExit, *_EXPECTED) as error:
+        forget_children()
         told = _told(error, name=name)
         if told is None or os.environ.get(TRACEBACK_VARIABLE):
             raise

@@ -33,6 +33,7 @@ _SAFETENSORS_TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_LARGEST_JSON = 2**28  # bytes; a plan for 48 layers of 128 experts has less than one million
 _LONGEST_MESSAGE = 300
 # What a write says of a disk that takes no more, without the name of the file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -101,11 +102,14 @@ def read_json(path: str | Path, *, what: str) -> Any:
     """Reads JSON.
 
     Raises:
-        ValueError: the file is missing or is not JSON; `what` names its purpose in the message.
+        ValueError: the file is missing, larger than 256 MiB or not JSON; `what` names its purpose in the message.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no {what} at '{path}'.")
+    if path.stat().st_size > _LARGEST_JSON:
+        size = f"{path.stat().st_size:,} bytes, more than {_LARGEST_JSON:,}"
+        raise ValueError(f"'{path}' is not a readable {what}: it has {size}. Write it again.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits is a plain ValueError

@@ -70,8 +70,14 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def forget_children() -> None:
+    """From now on the end of a child raises nothing. PyTorch's handler does, wherever the program is by then."""
+    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # what follows is short, and a second one would cut it off
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process, should a library swallow the exception
     raise Terminated
 
 

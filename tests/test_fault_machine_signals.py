@@ -144,6 +144,27 @@ def test_what_the_machine_does_is_told(error, match):
     assert re.search(match, failure_of_machine(error))
 
 
+def test_a_loader_that_ends_while_an_error_is_told_does_not_hide_it(capsys, monkeypatch):
+    """PyTorch raises from its handler of SIGCHLD, which comes once for every process that ended."""
+
+    def raises(*_):
+        raise RuntimeError("DataLoader worker (pid 18) is killed by signal: Killed. ")
+
+    def told(error, **_):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return failure_of_machine(error), 1
+
+    before = signal.signal(signal.SIGCHLD, raises)
+    try:
+        monkeypatch.setattr(cli, "_told", told)
+        error = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+        code, said = stopped(capsys, monkeypatch, command="calibrate", error=error)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert code == 1
+    assert "(pid 17) was ended from outside" in said
+
+
 def test_what_a_library_took_for_bad_input_is_told_as_what_it_is():
     error = ValueError("Problem with given class_path 'Corpus'")
     error.__context__ = MemoryError()

@@ -212,3 +212,12 @@ def test_a_folder_that_is_removed_never_stays_in_part_under_its_name(tmp_path, m
     dead = left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")))
     Workspace.open(folder, run={})
     assert not dead.exists()
+
+
+def test_json_larger_than_any_of_ours_is_not_read(tmp_path):
+    with (tmp_path / "plan.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(
+        ValueError, match=r"plan.json' is not a readable plan: it has 1,099,511,627,776 bytes, more than"
+    ):
+        read_json(tmp_path / "plan.json", what="plan")
