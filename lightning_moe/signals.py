@@ -26,8 +26,13 @@ def stop_while_starting() -> None:
     Nothing is changed in a program of somebody else that imports this package.
     """
     if is_program() and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stop_at_once)
+        stop_at_once()
+
+
+def stop_at_once() -> None:
+    """From now on SIGINT and SIGTERM end the process with one line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_at_once)
 
 
 def is_program() -> bool:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_moe import cli
+from lightning_moe.signals import stop_at_once
 
+_ASKED = {signal.SIGINT, signal.SIGTERM}
 _STEP_S = 0.02
 _ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
 
@@ -113,10 +115,14 @@ def start_function(function: Callable[[], None], *, folder: Path, child: Callabl
     """A function in a process of its own, its output in a pipe: no file that a full disk would touch."""
     reader, writer = os.pipe()
     began = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        _run(function, folder=folder, writer=writer, child=child)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED)  # until the child answers for itself: not as the campaign does
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            _run(function, folder=folder, writer=writer, child=child)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
     os.close(writer)
     return Running(pid=pid, reader=reader, began=began)
 
@@ -137,7 +143,6 @@ def _run(function: Callable[[], None], *, folder: Path, writer: int, child: Call
     """The life of a child: it never returns into the campaign."""
     os.setsid()
     end_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the campaign has a handler of its own
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (writer, 1), (writer, 2)):
         os.dup2(source, target)
@@ -145,6 +150,8 @@ def _run(function: Callable[[], None], *, folder: Path, writer: int, child: Call
     sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     os.chdir(folder)
+    stop_at_once()  # as a program that imports its libraries
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
 
     def begin() -> None:
         if child is not None:
