@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_moe.renaming import move_into_place, remove, remove_left, temporary_path
 
@@ -65,6 +66,15 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
         return dict, (dict(self),)
+
+
+class NativeErrors(AbstractContextManager[None]):
+    """Makes an OSError of the plain `Exception` of a library in Rust, which no `except` can tell from all others."""
+
+    @override
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if type(error) is Exception:
+            raise OSError(str(error)) from error
 
 
 @contextmanager

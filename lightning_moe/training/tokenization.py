@@ -8,7 +8,7 @@ does too; where it begins with none (the shipped one, Qwen), none is added. Conv
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
-from typing_extensions import override
 
 from lightning_moe.assets import resolve_asset
+from lightning_moe.files import NativeErrors
 from lightning_moe.training.corpora import Corpus, Record, read_records
 from lightning_moe.training.examples import Example, instruction_example, message_examples, text_of
 from lightning_moe.training.packing import Rows, TokenSpan, pack_examples, pack_stream
@@ -33,23 +33,18 @@ _RECORDS_AT_ONCE = 256
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError)
 
 
-class _Unreadable(AbstractContextManager[None]):
-    """What the libraries raise for a tokenizer's files becomes a ValueError that names the source.
-
-    The one in Rust raises plain `Exception`, which no `except` can tell from all others.
-    """
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    @override
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if type(error) is Exception or isinstance(error, _UNREADABLE):
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"No tokenizer found at {self.source!r} ({told}). "
-                "Give a folder with tokenizer.json, `asset:small_moe`, or a hub name."
-            ) from error
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """What the libraries raise for a tokenizer's files becomes a ValueError that names the source."""
+    try:
+        with NativeErrors():
+            yield
+    except _UNREADABLE as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"No tokenizer found at {source!r} ({told}). "
+            "Give a folder with tokenizer.json, `asset:small_moe`, or a hub name."
+        ) from error
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -59,7 +54,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         ValueError: There is none, it cannot be read, it would need code of its own, or it has no end-of-text token.
     """
     location = resolve_asset(source)
-    with _Unreadable(source):
+    with _readable(source):
         _check_class(location)
         # Without this answer transformers asks on the terminal whether to run the code of a folder.
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
