@@ -14,6 +14,7 @@ from types import FrameType
 # Exit code of a process that a signal ends is this plus the signal's number.
 SIGNAL_CODE = 128
 _PROGRAM = "python -m lightning_moe"
+_AGAIN_S = 0.02
 
 
 class Terminated(BaseException):
@@ -82,8 +83,21 @@ def forget_children() -> None:
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    if _fork.running:
+        _fork.terminated = True
+        return
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process, should a library swallow the exception
     raise Terminated
+
+
+class _Fork:
+    """What happened while this process forks: Python drops every exception that is raised then."""
+
+    running = False
+    terminated = False
+
+
+_fork = _Fork()
 
 
 def _ours() -> bool:
@@ -93,15 +107,22 @@ def _ours() -> bool:
 def _hold() -> None:
     if _ours():
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        _fork.running = True
 
 
 def _let_go() -> None:
-    if _ours():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    if not _fork.running:
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _fork.running = False
+    if _fork.terminated:  # through another thread, whose mask is its own
+        _fork.terminated = False
+        threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
 
 def _as_usual() -> None:
     """In a worker that was forked: SIGTERM, by which pools end their workers, ends it without a word."""
+    _fork.running = _fork.terminated = False
     if _ours():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

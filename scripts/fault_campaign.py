@@ -12,13 +12,11 @@ import argparse
 import atexit
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NoReturn
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,21 +32,18 @@ from faults.report import check_writable, report, summary, write_results  # noqa
 from faults.runner import run_cases  # noqa: E402
 from faults.stages import make_baselines  # noqa: E402
 
+from lightning_moe.signals import Terminated, signals_raise  # noqa: E402
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the campaign; the exit code."""
     options = _parse(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
     try:
-        return _campaign(options)
-    except KeyboardInterrupt:
+        with signals_raise():
+            return _campaign(options)
+    except (KeyboardInterrupt, Terminated):
         print("Interrupted: nothing was counted.", file=sys.stderr)
         return 130
-
-
-def _terminated(number: int, frame: object) -> NoReturn:
-    """As Ctrl-C: the folder of the runs goes, and so do the processes."""
-    raise KeyboardInterrupt
 
 
 def _campaign(options: argparse.Namespace) -> int:

@@ -54,6 +54,31 @@ def test_a_forked_worker_ends_without_a_word():
     assert worker.exitcode == -signal.SIGTERM
 
 
+IN_A_FORK = """
+import os, signal, sys, threading, time
+armed = []
+# Runs after the library's own: hooks before a fork run from the last registered to the first.
+os.register_at_fork(before=lambda: armed and os.kill(os.getpid(), armed.pop()))
+from lightning_moe import signals
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+try:
+    with signals.signals_raise():
+        armed.append(signal.SIGTERM)
+        if not os.fork():
+            os._exit(0)
+        time.sleep(20)
+except signals.Terminated:
+    print("told")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_sigterm_in_the_middle_of_a_fork_is_not_lost():
+    command = [sys.executable, "-c", IN_A_FORK]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    assert (done.stdout, done.stderr) == ("told\n", "")
+
+
 def test_lightnings_silent_exit_after_an_interruption_is_told(capsys, monkeypatch):
     silent = SystemExit(1)
     silent.__context__ = KeyboardInterrupt()
