@@ -9,9 +9,13 @@ Batches are decided by their number alone: with `--json` an interrupted run goes
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import tempfile
 import time
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from tqdm import tqdm
 
 BATCH_CASES = 250
 _LEAST = 1000
+_inherited: dict[str, tuple[Reader, Sample]] = {}  # which no pipe could carry
 
 
 def main() -> None:
@@ -36,8 +41,7 @@ def main() -> None:
         least = min(_LEAST, args.cases // max(1, len(readers)))
         shares = _shares(readers, samples, total=args.cases, least=least)
         bar = tqdm(total=sum(shares.values()), initial=_done(tallies, shares), unit="case", smoothing=0.02)
-        for reader in readers:
-            _run(reader, samples[reader.name], cases=shares[reader.name], tallies=tallies, bar=bar, args=args)
+        _run(readers, samples, shares=shares, tallies=tallies, bar=bar, args=args)
         bar.close()
     findings = _report(tallies)
     raise SystemExit(1 if findings else 0)
@@ -50,6 +54,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="readers whose name this regular expression finds")
     parser.add_argument("--first", type=int, default=0, help="number of the first batch of each reader (default 0)")
     parser.add_argument("--keep", type=Path, help="folder for the damaged samples of findings")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help=f"readers at a time (default: cores, {cores})")
     return parser.parse_args()
 
 
@@ -79,19 +85,40 @@ def _done(tallies: dict[str, Tally], shares: dict[str, int]) -> int:
 
 
 def _run(
-    reader: Reader, sample: Sample, *, cases: int, tallies: dict[str, Tally], bar: tqdm, args: argparse.Namespace
+    readers: list[Reader],
+    samples: dict[str, Sample],
+    *,
+    shares: dict[str, int],
+    tallies: dict[str, Tally],
+    bar: tqdm,
+    args: argparse.Namespace,
 ) -> None:
-    tally = tallies.setdefault(reader.name, Tally())
-    while tally.cases < cases:
-        bar.set_postfix_str(reader.name)
-        batch = args.first + tally.batches
-        done = run_batch(reader, sample, batch=batch, cases=min(BATCH_CASES, cases - tally.cases), keep=args.keep)
-        tally.add(done)
-        bar.update(done.cases)
-        if args.json is not None:
-            _write(args.json, tallies)
-        if not done.cases:
-            break
+    """Batches, one of a reader at a time and `--workers` readers at a time, in processes that are forked here."""
+    _inherited.update({reader.name: (reader, samples[reader.name]) for reader in readers})
+    waiting = deque(
+        reader.name for reader in readers if tallies.setdefault(reader.name, Tally()).cases < shares[reader.name]
+    )
+    running: dict[Future[Tally], str] = {}
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        while waiting or running:
+            while waiting and len(running) < args.workers:
+                name = waiting.popleft()
+                batch, cases = args.first + tallies[name].batches, min(BATCH_CASES, shares[name] - tallies[name].cases)
+                running[pool.submit(_run_inherited, name, batch, cases, args.keep)] = name
+            bar.set_postfix_str(", ".join(running.values()))
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, done = running.pop(future), future.result()
+                tallies[name].add(done)
+                bar.update(done.cases)
+                if args.json is not None:
+                    _write(args.json, tallies)
+                if done.cases and tallies[name].cases < shares[name]:
+                    waiting.appendleft(name)
+
+
+def _run_inherited(name: str, batch: int, cases: int, keep: Path | None) -> Tally:
+    reader, sample = _inherited[name]
+    return run_batch(reader, sample, batch=batch, cases=cases, keep=keep)
 
 
 def _write(file: Path, tallies: dict[str, Tally]) -> None:

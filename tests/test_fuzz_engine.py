@@ -15,8 +15,11 @@ import pytest
 import torch
 from fuzzing import guard
 from fuzzing.campaign import kinds_of, run_batch
+from fuzzing.damage_json import VALUES
 from fuzzing.guard import guarded
 from fuzzing.readers import Reader, Sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_moe.files import read_json
 
@@ -138,3 +141,15 @@ def test_a_reader_that_follows_names_out_of_its_folder_is_caught(tmp_path) -> No
     sample = Sample.of(reader, folder=tmp_path / "sample")
     told = [finding.what for finding in run_batch(reader, sample, batch=1, cases=200).findings]
     assert any(re.search(r"opened .*\.\./\.\./outside", what) for what in told)
+
+
+@settings(max_examples=200, database=None, deadline=None, derandomize=True)
+@given(st.lists(VALUES, min_size=4, max_size=4))
+def test_values_that_are_drawn_are_new(values) -> None:
+    """A case may change them: were they shared, the next case would differ, and hypothesis end the batch as flaky."""
+    for value in values:
+        assert not isinstance(value, list | dict) or "changed" not in value
+        if isinstance(value, list):
+            value.append("changed")
+        elif isinstance(value, dict):
+            value["changed"] = True

@@ -41,7 +41,11 @@ SCALARS = st.one_of(
     st.text(max_size=8),
 )
 VALUES = st.one_of(
-    SCALARS, st.just([]), st.just({}), st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=4), SCALARS)
+    SCALARS,
+    st.builds(list),
+    st.builds(dict),
+    st.lists(SCALARS, max_size=3),
+    st.dictionaries(st.text(max_size=4), SCALARS),
 )
 
 
@@ -125,7 +129,7 @@ def _add(parent: Any, draw: Draw) -> None:
         parent.append(value)
         return
     key = draw(st.sampled_from((*_TEXTS, "auto_map", "__reduce__", "quantization_config", "version", "kind")))
-    parent[key] = _CODE if key == "auto_map" else value
+    parent[key] = deepcopy(_CODE) if key == "auto_map" else value
 
 
 def encode(tree: Any) -> bytes:
