@@ -42,7 +42,7 @@ def read_index(path: Path) -> dict[str, str]:
     """File of each stored tensor, from an index of shards.
 
     Raises:
-        ValueError: it is not what transformers relies on, or names a file outside its folder.
+        ValueError: it is not what transformers relies on, or names a file outside its folder or one that cannot be.
     """
     index = read_json(path, what="index of shards")
     parts = index if isinstance(index, dict) else {}
@@ -56,6 +56,8 @@ def read_index(path: Path) -> dict[str, str]:
     for name in files.values():
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\\" in name:
             raise ValueError(f"'{path}' names a file outside its folder: {name!r}. Do not use this checkpoint.")
+        if not name.isprintable():
+            raise ValueError(f"'{path}' names a file of unprintable letters: {name!r}. Write or download it again.")
     return files
 
 
