@@ -18,6 +18,7 @@ from lightning_moe.export.formats import ExportFormat, check_formats, needs_adap
 from lightning_moe.export.result import ExportResult
 from lightning_moe.locks import Lock
 from lightning_moe.models.loading import DtypeName
+from lightning_moe.renaming import make_folder
 from lightning_moe.training.module import LanguageModelModule
 from lightning_moe.training.sharding import is_sharded
 
@@ -115,7 +116,7 @@ def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase | None:
 def _reserved(folder: Path) -> Lock:
     """The lock of a folder of exports."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return Lock.take(folder / _LOCK)
     except BlockingIOError as error:
         raise ValueError(

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.renaming import move_into_place, remove, remove_left, temporary_path
+from lightning_moe.renaming import make_folder, move_into_place, remove, remove_left, temporary_path
 
 # In the order in which a file has them; within a type, tensors are in the order of their names.
 _SAFETENSORS_TYPES = {
@@ -36,8 +37,8 @@ _SAFETENSORS_TYPES = {
 }
 _LARGEST_JSON = 2**28  # bytes; a plan for 48 layers of 128 experts has less than one million
 _LONGEST_MESSAGE = 300
-# What a write says of a disk that takes no more, without the name of the file.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a write or a flush says of a disk that takes no more, or is broken, without the name of the file.
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -82,20 +83,20 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; renames it to `path` when the block ends without an exception.
 
     Works for a file and for a folder (an existing folder of that name is replaced as a whole). What was there before
-    stays untouched until the rename.
+    stays untouched until the rename, and every byte is on the disk by then (`move_into_place`).
 
     Raises:
-        OSError: the file cannot be made; where the disk is full the error names `path`.
+        OSError: the file cannot be made; where the disk is full or broken the error names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     remove_left(path)
     temporary = temporary_path(path)
     try:
         yield temporary
         move_into_place(temporary, path)
     except OSError as error:
-        if error.errno in _FULL and error.filename is None:
+        if error.errno in _REFUSED and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -112,7 +113,8 @@ def read_json(path: str | Path, *, what: str) -> Any:
     """Reads JSON.
 
     Raises:
-        ValueError: the file is missing, larger than 256 MiB or not JSON; `what` names its purpose in the message.
+        ValueError: the file is missing, larger than 256 MiB, not JSON, or gives a key twice; `what` names its purpose
+            in the message.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,9 +123,18 @@ def read_json(path: str | Path, *, what: str) -> Any:
         size = f"{path.stat().st_size:,} bytes, more than {_LARGEST_JSON:,}"
         raise ValueError(f"'{path}' is not a readable {what}: it has {size}. Write it again.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits is a plain ValueError
         raise ValueError(f"'{path}' is not a readable {what}: {one_line(error)}. Write it again.") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of a JSON file. Of a key that stands there twice people may see one value, and programs the other."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((double, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{double!r:.80} stands in it twice")
+    return content
 
 
 def one_line(error: BaseException) -> str:

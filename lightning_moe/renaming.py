@@ -1,6 +1,7 @@
 """A finished file or folder takes its final name, in one step; and what killed processes left under other names."""
 
 import ctypes
+import errno
 import glob
 import hashlib
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 
 _HERE = -100  # AT_FDCWD: paths are relative to the working directory
 _EXCHANGE = 2  # RENAME_EXCHANGE
+# What file systems say that cannot flush a folder; of those that can, it is none of theirs.
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 def temporary_path(path: Path) -> Path:
@@ -27,20 +30,62 @@ def remove_left(path: Path) -> None:
             remove(left)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, where they are not there; a power cut takes none of them away again."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in new:
+        _flush_folder(one.parent)
+
+
 def move_into_place(new: Path, path: Path) -> None:
     """Renames a file or folder to `path`, on the same disk; a folder that is there is replaced as a whole.
 
+    Whoever wrote them, all bytes are on the disk before the name is given, and the name is before this returns: after
+    a power cut the old file has it, or the new one, and neither is empty.
+
     Files get the permissions of any new file: safetensors makes its own readable by their owner alone.
+
+    Raises:
+        OSError: the disk does not take it.
     """
     mask = os.umask(0)
     os.umask(mask)
-    for file in new.rglob("*") if new.is_dir() else [new]:
-        if file.is_file():
-            file.chmod(0o666 & ~mask)
+    for file in [new, *new.rglob("*")] if new.is_dir() else [new]:
+        if file.is_dir():
+            _flush_folder(file)
+        elif file.is_file():
+            _flush_file(file, mode=0o666 & ~mask)
     if new.is_dir() and path.is_dir():
         _swap_folders(new, path)
     else:
         os.replace(new, path)
+        _flush_folder(path.parent)
+
+
+def _flush_file(file: Path, *, mode: int) -> None:
+    # Windows flushes only what may be written to. Opened before the mode is set: it may forbid that.
+    descriptor = os.open(file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        file.chmod(mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    """The names in it, where the system flushes folders."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder; elsewhere some may be written to and not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def bring_back(new: Path, path: Path) -> None:
@@ -79,6 +124,7 @@ def _swap_folders(new: Path, path: Path) -> None:
     except OSError:
         os.replace(whole, new)
         raise
+    _flush_folder(path.parent)  # before the old one is gone
     shutil.rmtree(whole)
 
 

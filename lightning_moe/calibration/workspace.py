@@ -8,7 +8,7 @@ from typing import Any, Self
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.files import read_json, write_json
 from lightning_moe.locks import Lock
-from lightning_moe.renaming import remove, remove_at_once, remove_left
+from lightning_moe.renaming import make_folder, remove, remove_at_once, remove_left
 
 _RUN = "run.json"
 _TEMPORARY = ".*.tmp"
@@ -69,7 +69,7 @@ class Workspace:
 
 def _prepare(path: Path, *, run: Mapping[str, str], another: str) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         remove_left(path)
         left = set(path.glob(_TEMPORARY))
         if set(path.iterdir()) - left - {path / _LOCK}:

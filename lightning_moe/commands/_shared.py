@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_moe.assets import resolve_asset
 from lightning_moe.calibration.processes import ALONE, Processes
 from lightning_moe.models.loading import DtypeName, load_model
+from lightning_moe.renaming import make_folder
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.tokenization import load_tokenizer
 
@@ -63,7 +64,7 @@ def results_folder(out: str) -> Path:
     """
     folder = Path(out)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -21,6 +21,7 @@ from lightning_moe.export.writers import Writer
 from lightning_moe.models.loading import DtypeName
 from lightning_moe.quantization.unpacked import is_packed
 from lightning_moe.records import PrunePlan
+from lightning_moe.renaming import make_folder
 
 
 def export_model(
@@ -70,7 +71,7 @@ def export_model(
     read = source or model.name_or_path or None
     for name in check_formats(formats):
         check_apart(Path(folder) / name, inputs=[read], name="folder", within=False)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(folder))
     stored = model.dtype if dtype == "auto" else getattr(torch, dtype)
     writer = Writer(model=model, peft_model=peft_model, adapter_dtype=adapter_dtype, stored=stored)
     description = _Description(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lightning_moe.locks import Lock
-from lightning_moe.renaming import bring_back, move_into_place, remove
+from lightning_moe.renaming import bring_back, make_folder, move_into_place, remove
 
 _SUFFIX = ".unfinished"
 _LOCK = ".lock"
@@ -55,7 +55,7 @@ def made_beside(target: Path, *, goes_on: bool = False) -> Iterator[Path]:
 @contextmanager
 def _locked(work: Path, *, target: Path) -> Iterator[None]:
     """The folder is there, and of this process alone; at the end it goes if nothing but the lock is in it."""
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     try:
         lock = Lock.take(work / _LOCK)
     except BlockingIOError as error:
