@@ -12,6 +12,7 @@ _PEER = re.compile(r"Connection (?:closed|reset) by peer|Connection closed by|Br
 _KINDS = (RuntimeError, OSError, ValueError, ImportError)
 _LEAST_BYTES = 64 * 2**20  # with less than this no command gets anywhere
 _NO_MEMORY = "not enough memory{}. Take smaller batches or shorter sequences, or end what else runs there."
+_UNTOLD = re.compile("without exception set|without setting an exception")
 _FORK = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
 
@@ -20,6 +21,11 @@ def failure_of_machine(error: BaseException) -> str | None:
 
     Args:
         error: what was raised; what it was raised for counts too, since libraries take lack of memory for bad input.
+
+    Examples:
+        >>> failure_of_machine(RuntimeError("you tried to allocate 3000000000 bytes: can't allocate memory"))
+        'not enough memory for 3 GB more. Take smaller batches or shorter sequences, or end what else runs there.'
+        >>> failure_of_machine(ValueError("`align` must be 1 or more, got 0."))
     """
     told = next((line for line in map(_told, _causes(error)) if line is not None), None)
     return _NO_MEMORY.format("") if told is None and _is_memory_short() else told
@@ -49,6 +55,11 @@ def _told(error: BaseException) -> str | None:
         size = re.search(r"allocate (\d+) bytes", text)
         wanted = f" for {int(size[1]) / 1e9:.3g} GB more" if size else ""
         return _NO_MEMORY.format(wanted)
+    if isinstance(error, SystemError) and _UNTOLD.search(text):
+        return (
+            "a library failed without saying why, as some do where no memory is left. Take smaller batches or shorter "
+            "sequences, or end what else runs there."
+        )
     if not isinstance(error, RuntimeError):
         return None
     worker = _WORKER.search(text)

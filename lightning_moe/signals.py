@@ -7,9 +7,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 # Exit code of a process that a signal ends is this plus the signal's number.
 SIGNAL_CODE = 128
@@ -19,6 +24,10 @@ _AGAIN_S = 0.02
 
 class Terminated(BaseException):
     """SIGTERM came while a command ran. No `KeyboardInterrupt`: Lightning ends those by itself, without a word."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT came while a command ran."""
 
 
 def stop_while_starting() -> None:
@@ -52,26 +61,33 @@ def _stop_at_once(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Inside the block SIGINT raises KeyboardInterrupt and SIGTERM raises Terminated.
+    """Inside the block SIGINT raises Interrupted and SIGTERM raises Terminated.
+
+    Again and again, until one gets out of the block: Python drops what is raised in a finalizer, a callback of a weak
+    reference or a hook of a fork, and libraries have a bare `except:` here and there. An exception that dies inside the
+    block was dropped.
 
     A SIGTERM that the caller ignores or handles by itself stays as it is; so does one that SLURM sends before it
     requeues a job, which Lightning answers.
 
     Raises:
         Terminated: SIGTERM came.
+        Interrupted: SIGINT came.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = (signal.SIG_DFL, _stop_at_once)
-    if before[signal.SIGINT] is _stop_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if before[signal.SIGTERM] in ours:
+    outer, hook = _block.is_active, sys.unraisablehook
+    if before[signal.SIGINT] in (signal.default_int_handler, _stop_at_once):
+        signal.signal(signal.SIGINT, _raise_interrupted)
+    if before[signal.SIGTERM] in (signal.SIG_DFL, _stop_at_once):
         signal.signal(signal.SIGTERM, signal.SIG_DFL if "SLURM_JOB_ID" in os.environ else _raise_terminated)
+    _block.is_active, sys.unraisablehook = True, _without_word(hook)
     try:
         yield
     finally:
+        _block.raised, _block.is_active, sys.unraisablehook = None, outer, hook
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -82,52 +98,103 @@ def forget_children() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    if _fork.running:
-        _fork.terminated = True
-        return
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process, should a library swallow the exception
-    raise Terminated
+class _Block:
+    """What `signals_raise` knows: whether the program is inside, and the last exception that was raised there."""
+
+    is_active = False
+    raised: weakref.ref[BaseException] | None = None
 
 
-class _Fork:
-    """What happened while this process forks: Python drops every exception that is raised then."""
+class _Fork(threading.local):
+    """What happens while a thread forks: whether it does, its mask before, and the signals that it got meanwhile."""
 
-    running = False
-    terminated = False
+    is_running = False
+    mask: set[int | signal.Signals] | None = None
+    asked: frozenset[int] = frozenset()
 
 
+_block = _Block()
 _fork = _Fork()
 
 
-def _ours() -> bool:
-    return signal.getsignal(signal.SIGTERM) is _raise_terminated
+def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    if isinstance(_on_its_way(), Terminated):  # a second one ends the process
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    _raise(Terminated, number)
+
+
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    _raise(Interrupted, number)
+
+
+def _raise(kind: type[BaseException], number: int) -> None:
+    if _fork.is_running:  # what holds signals back must not be left half-way
+        _fork.asked |= {number}
+        return
+    raise _watched(kind(), number)
+
+
+def _watched(error: BaseException, number: int) -> BaseException:
+    """If it dies inside the block, the signal is sent once more. No frame that is in its traceback has its name."""
+    _block.raised = weakref.ref(error, lambda _: _again(number))
+    return error
+
+
+def _on_its_way() -> BaseException | None:
+    return None if _block.raised is None else _block.raised()
+
+
+def _again(number: int) -> None:
+    """Sends a signal when that is over in which an exception is of no use."""
+    threading.Timer(_AGAIN_S, _send, (number,)).start()
+
+
+def _send(number: int) -> None:
+    if _block.is_active and _on_its_way() is None:
+        os.kill(os.getpid(), number)
+
+
+def _without_word(hook: "Callable[[UnraisableHookArgs], object]") -> "Callable[[UnraisableHookArgs], object]":
+    """Tells of dropped exceptions as before, but for those that come again."""
+
+    def tell(dropped: "UnraisableHookArgs") -> None:
+        if not issubclass(dropped.exc_type, Terminated | Interrupted):
+            hook(dropped)
+
+    return tell
+
+
+def _is_ours(number: int) -> bool:
+    return signal.getsignal(number) in (_raise_terminated, _raise_interrupted)
 
 
 def _hold() -> None:
-    if _ours():
+    """Python forgets a signal that comes to a child before it is ready."""
+    if _is_ours(signal.SIGTERM):
+        _fork.is_running = True
+        _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        _fork.running = True
 
 
 def _let_go() -> None:
-    if not _fork.running:
-        return
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _fork.running = False
-    if _fork.terminated:  # through another thread, whose mask is its own
-        _fork.terminated = False
-        threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    if _fork.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+    _fork.mask, _fork.is_running = None, False
+    asked, _fork.asked = _fork.asked, frozenset()
+    for number in asked:
+        _again(number)
 
 
 def _as_usual() -> None:
     """In a worker that was forked: SIGTERM, by which pools end their workers, ends it without a word."""
-    _fork.running = _fork.terminated = False
-    if _ours():
+    _block.is_active, _block.raised, _fork.asked = False, None, frozenset()
+    if _is_ours(signal.SIGTERM):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    if _is_ours(signal.SIGINT):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _let_go()
 
 
 if sys.platform != "win32":
-    # Held meanwhile: Python forgets a signal that comes to a child before it is ready.
     os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_as_usual)

@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of libraries would break ours
 if not os.access(os.path.expanduser("~"), os.W_OK):  # the libraries keep caches there
     home = tempfile.mkdtemp(prefix="faults_home_")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -27,6 +27,7 @@ if not os.access(os.path.expanduser("~"), os.W_OK):  # the libraries keep caches
         os.environ.setdefault(variable, home)
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+from faults.processes import kill_all  # noqa: E402
 from faults.registry import all_cases, left_out  # noqa: E402
 from faults.report import check_writable, report, summary, write_results  # noqa: E402
 from faults.runner import run_cases  # noqa: E402
@@ -69,6 +70,7 @@ def _campaign(options: argparse.Namespace) -> int:
         baselines = make_baselines(work, shipped=options.shipped, wanted={case.stage for case in cases})
         results = run_cases(cases, baselines=baselines, workers=options.workers, keep=options.keep)
     finally:
+        kill_all()
         if not options.keep:
             shutil.rmtree(work, ignore_errors=True)
     content = summary(results, seconds=time.monotonic() - began, left_out=missing, quick=options.quick)

@@ -5,21 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from faults import cases, kills
+from faults import cases, kills, processes, runner
 from faults.places import at_place, was_missed
-from faults.processes import Ended, start_function
+from faults.processes import Ended, kill_all, start_function
 from faults.report import check_writable
 from faults.stages import STAGES, Baselines
 from safetensors.torch import save_file
 
+from lightning_moe.signals import Terminated, signals_raise
+
 pytestmark = pytest.mark.fault
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fault_campaign.py"
+LONG_S = 600  # nothing waits so long unless something hangs
 
 
 @pytest.fixture
@@ -130,21 +134,111 @@ def test_files_are_tried_before_the_work(tmp_path):
         check_writable(tmp_path)
 
 
+def sleep_long():
+    time.sleep(LONG_S)
+
+
+def is_there(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_processes_that_nobody_waits_for_any_more_are_ended(alone, tmp_path, monkeypatch):
+    """Also one that had no time to become the first of its group."""
+    if alone:
+        monkeypatch.setattr(os, "setsid", lambda: None)
+    running = start_function(sleep_long, folder=tmp_path)
+    kill_all()
+    assert not is_there(running.pid)
+    assert processes._running == {}
+
+
+def test_a_process_that_is_started_when_sigterm_comes_is_ended(tmp_path, monkeypatch):
+    """The signal may come to another thread: what holds it back must not be this one's mask alone."""
+    threading.Thread(target=time.sleep, args=(2,)).start()
+    fork, pids = os.fork, []
+
+    def forked():
+        pids.append(fork())
+        if pids[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pids[0]
+
+    monkeypatch.setattr(os, "fork", forked)
+    with pytest.raises(Terminated), signals_raise():
+        start_function(sleep_long, folder=tmp_path).end()
+    assert set(processes._running) <= set(pids)
+    kill_all()
+    assert not is_there(pids[0])
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_what_a_process_leaves_behind_is_gone_when_it_has_ended(tmp_path):
+    reader, writer = os.pipe()
+
+    def leave():
+        if not os.fork():
+            sleep_long()
+
+    assert start_function(leave, folder=tmp_path).end().code == 0
+    os.close(writer)
+    assert os.read(reader, 1) == b""  # nobody else has it open
+    os.close(reader)
+
+
+def test_an_interrupted_campaign_ends_its_workers_before_it_removes_their_folders(folder, monkeypatch):
+    ended = []
+
+    def results(*_, **__):
+        try:
+            yield 0, runner.Result(case=None, outcome=cases.Outcome(saw=""), seconds=0.0)
+        finally:
+            ended.append("workers")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_results", results)
+    monkeypatch.setattr(runner.tqdm, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt) as error:  # whose traceback keeps all frames alive
+        runner.run_cases([None], baselines=folder.baselines, workers=1)
+    assert ended == ["workers"]
+    assert error.tb is not None
+
+
+@pytest.mark.parametrize(("seconds", "limit_s"), [(0.5, 120), (9, 270)])
+def test_a_slow_machine_is_given_its_time(seconds, limit_s, folder, monkeypatch):
+    (folder.baselines.root / "recover.seconds").write_text(str(seconds))
+    given = []
+    monkeypatch.setattr(cases, "command", lambda *_, **options: given.append(options["limit_s"]))
+    folder.command(["fit"])
+    assert given == [limit_s]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_an_ended_campaign_leaves_no_process_and_no_folder(tmp_path):
     command = [sys.executable, str(SCRIPT), "--only", "plan/", "--work", str(tmp_path), "--workers", "1"]
     campaign = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 100
-    while not list(tmp_path.glob("faults_*/*.places")):
-        assert campaign.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: list(tmp_path.glob("faults_*/*.places")) or campaign.poll() is not None)
     campaign.send_signal(signal.SIGTERM)
-    _, told = campaign.communicate(timeout=60)
+    _, told = campaign.communicate(timeout=LONG_S)
     assert campaign.returncode == 130
     assert told.endswith("Interrupted: nothing was counted.\n")
     assert os.listdir(tmp_path) == []
-    assert [pid for pid in os.listdir("/proc") if pid.isdigit() and str(tmp_path) in _words(pid)] == []
+    # Its workers are killed when it ends: that may take a moment on a machine that has other things to do.
+    wait_for(lambda: not [pid for pid in os.listdir("/proc") if pid.isdigit() and str(tmp_path) in _words(pid)])
+
+
+def wait_for(condition):
+    """Until it holds: as long as a slow machine takes, and no longer."""
+    until = time.monotonic() + LONG_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def _words(pid):

@@ -1,4 +1,4 @@
-"""Faults of the machine: a dozen cases of the campaign, and what the campaign takes for a loss."""
+"""Faults of the machine: a few cases of the campaign, and what the campaign takes for a loss."""
 
 import json
 import os
@@ -27,14 +27,17 @@ CHOSEN = (
     "plan/truncated file/statistics.safetensors, half",
     "prune/damaged leftovers/cut",
     "calibrate/killed loader/second batch",
+    "calibrate/text/of another tokenizer",
 )
 
 
-def test_nothing_is_lost_in_a_dozen_cases(tmp_path):
+def test_nothing_is_lost_in_a_few_cases(tmp_path):
     command = [sys.executable, str(SCRIPT), "--quick", "--json", str(tmp_path / "faults.json"), "--work", str(tmp_path)]
     patterns = [name.replace("[", "[[]") for name in CHOSEN]
     ended = subprocess.run([*command, "--only", *patterns], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    bars = {line.partition(":")[0] for line in ended.stderr.replace("\r", "\n").splitlines() if line.strip()}
+    assert bars == {"Undisturbed runs", "Cases"}  # none of the libraries'
     found = json.loads((tmp_path / "faults.json").read_text())
     assert (found["cases"], found["survived"], found["lost"]) == (len(found["results"]), len(found["results"]), 0)
     assert {row["case"] for row in found["results"]} | set(left_out(found)) == set(CHOSEN)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.places import was_missed
-from faults.processes import Ended, command
+from faults.processes import LIMIT_S, Ended, command
 from faults.snapshots import contents, copy, is_whole, snapshot
 from faults.stages import Baselines, Stage
 
 # What a command may leave under other names than the final ones, for the next run.
 _WORKING = re.compile(r"\.(partial|unfinished)(/|$)|(^|/)\.")
+# A command that takes so many times as long as the undisturbed run is taken for one that never ends.
+_SLOWER = 30
 
 Expectation = Callable[[Ended], str | None]
 """What is wrong with the way a process ended; None: nothing."""
@@ -67,7 +69,12 @@ class CaseFolder:
         signals: Sequence[tuple[float, int]] = (),
     ) -> Ended:
         """Runs a command here, see `faults.processes.command`."""
-        return command(arguments, folder=self.path, child=child, signals=signals)
+        return command(arguments, folder=self.path, child=child, signals=signals, limit_s=self.limit_s)
+
+    @property
+    def limit_s(self) -> float:
+        """What no command here takes, in seconds, on this machine with what else it does."""
+        return max(LIMIT_S, _SLOWER * self.baselines.seconds(self.stage.name))
 
     def restore(self) -> None:
         """Puts back every input as it was before the fault."""

@@ -7,8 +7,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +17,9 @@ from lightning_moe import cli
 from lightning_moe.signals import stop_at_once
 
 _ASKED = {signal.SIGINT, signal.SIGTERM}
-_STEP_S = 0.02
+_STEP_S = 0.01
+_LEAVING_S = 20.0  # for processes that were killed, on a machine that has other things to do
+LIMIT_S = 120.0
 _ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
 
 
@@ -56,8 +58,9 @@ class Running:
     reader: int
     output: bytes = b""
     began: float = 0.0
+    status: int | None = None
 
-    def end(self, *, signals: Sequence[tuple[float, int]] = (), limit_s: float = 120.0) -> Ended:
+    def end(self, *, signals: Sequence[tuple[float, int]] = (), limit_s: float = LIMIT_S) -> Ended:
         """Waits for the end, and ends what the process has started.
 
         Args:
@@ -65,39 +68,57 @@ class Running:
             limit_s: after so many seconds it is killed.
         """
         try:
-            return self._end(list(signals), limit_s=limit_s)
+            timed_out = self._wait(list(signals), limit_s=limit_s)
         finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)  # workers that it left behind; itself, if we were interrupted
+            self.kill()
+        text = self.output.decode("utf-8", errors="replace")
+        return Ended(code=os.waitstatus_to_exitcode(self.status or 0), output=text, timed_out=timed_out)
 
-    def _end(self, due: list[tuple[float, int]], *, limit_s: float) -> Ended:
-        timed_out, status = False, None
-        while status is None:
+    def kill(self) -> None:
+        """Ends the process, if it is still there, and what it has left behind; afterwards none of them is there."""
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)  # it may have no group of its own yet
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self.status is None:
+            self.status = os.waitpid(self.pid, 0)[1]
+        until = time.monotonic() + _LEAVING_S
+        while self._read(max(0.0, until - time.monotonic())):  # up to its end, when nobody holds the pipe open any more
+            pass
+        os.close(self.reader)
+        _running.pop(self.pid, None)
+
+    def _wait(self, due: list[tuple[float, int]], *, limit_s: float) -> bool:
+        """Whether the process had to be killed."""
+        timed_out = False
+        while self.status is None:
             passed = time.monotonic() - self.began
             if due and passed >= due[0][0]:
                 os.kill(self.pid, due.pop(0)[1])
             if passed > limit_s and not timed_out:
                 timed_out = True
-                os.killpg(self.pid, signal.SIGKILL)
-            self._read(_STEP_S)
+                os.kill(self.pid, signal.SIGKILL)
+            if not self._read(_STEP_S):
+                time.sleep(_STEP_S)  # it may have closed its end
             done, found = os.waitpid(self.pid, os.WNOHANG)
-            status = found if done else None
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # they hold the pipe open
-        while self._read(_STEP_S):
-            pass
-        os.close(self.reader)
-        text = self.output.decode("utf-8", errors="replace")
-        return Ended(code=os.waitstatus_to_exitcode(status), output=text, timed_out=timed_out)
+            self.status = found if done else None
+        return timed_out
 
     def _read(self, wait_s: float) -> bool:
         """Whether there was something to read."""
         ready, _, _ = select.select([self.reader], [], [], wait_s)
         found = os.read(self.reader, 2**16) if ready else b""
-        if ready and not found:
-            time.sleep(wait_s)
         self.output += found
         return bool(found)
+
+
+_running: dict[int, Running] = {}
+
+
+def kill_all() -> None:
+    """Ends every process that was started here and has not come to its end."""
+    for running in list(_running.values()):
+        running.kill()
 
 
 def start(arguments: Sequence[str], *, folder: Path, child: Callable[[], None] | None = None) -> Running:
@@ -115,16 +136,30 @@ def start_function(function: Callable[[], None], *, folder: Path, child: Callabl
     """A function in a process of its own, its output in a pipe: no file that a full disk would touch."""
     reader, writer = os.pipe()
     began = time.monotonic()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED)  # until the child answers for itself: not as the campaign does
-    try:
+    with _held():  # until the child answers for itself, not as the campaign does; and until `kill_all` knows of it
         pid = os.fork()
         if pid == 0:
             os.close(reader)
             _run(function, folder=folder, writer=writer, child=child)
+        _running[pid] = Running(pid=pid, reader=reader, began=began)
+        os.close(writer)
+    return _running[pid]
+
+
+@contextmanager
+def _held() -> Iterator[None]:
+    """SIGINT and SIGTERM come after the block, also those that another thread got, whose mask is its own."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda came, _: asked.append(came)) for number in _ASKED}
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED)
+    try:
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
-    os.close(writer)
-    return Running(pid=pid, reader=reader, began=began)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in asked:
+            signal.raise_signal(number)
 
 
 def command(
@@ -133,7 +168,7 @@ def command(
     folder: Path,
     child: Callable[[], None] | None = None,
     signals: Sequence[tuple[float, int]] = (),
-    limit_s: float = 120.0,
+    limit_s: float = LIMIT_S,
 ) -> Ended:
     """Runs one command to its end, see `start` and `Running.end`."""
     return start(arguments, folder=folder, child=child).end(signals=signals, limit_s=limit_s)

@@ -4,9 +4,10 @@ import multiprocessing
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,15 +50,19 @@ def run_cases(cases: Sequence[Case], *, baselines: Baselines, workers: int, keep
     numbers = range(len(cases))
     bar = tqdm(total=len(cases), desc="Cases", smoothing=0.05)
     found: dict[int, Result] = {}
-    for number, result in _results(cases, baselines=baselines, workers=workers, keep=keep):
-        found[number] = result
-        bar.set_postfix(lost=sum(not one.survived for one in found.values()), refresh=False)
-        bar.update()
+    # Closed, so that an interrupted campaign removes no folder that a worker is still in.
+    with closing(_results(cases, baselines=baselines, workers=workers, keep=keep)) as results:
+        for number, result in results:
+            found[number] = result
+            bar.set_postfix(lost=sum(not one.survived for one in found.values()), refresh=False)
+            bar.update()
     bar.close()
     return [found[number] for number in numbers]
 
 
-def _results(cases: Sequence[Case], *, baselines: Baselines, workers: int, keep: bool) -> Iterator[tuple[int, Result]]:
+def _results(
+    cases: Sequence[Case], *, baselines: Baselines, workers: int, keep: bool
+) -> Generator[tuple[int, Result], None, None]:
     # Every worker is forked before the pool starts its threads, and inherits the cases, which may hold any function.
     _inherited[:] = cases
     fork = multiprocessing.get_context("fork")

@@ -106,7 +106,7 @@ def _run_on_small_disk(folder: CaseFolder, install: Callable[[], None]) -> Ended
     out, kept = folder.path / "out", folder.path / "out.kept"
     out.rename(kept)
     out.mkdir()
-    ended = start_function(partial(_on_small_disk, folder, install), folder=folder.path).end()
+    ended = start_function(partial(_on_small_disk, folder, install), folder=folder.path).end(limit_s=folder.limit_s)
     out.rmdir()
     kept.rename(out)
     return ended

@@ -25,6 +25,7 @@ _ROWS = tuple(f"out/report/stages/job{name}.json" for name in ("", "_merged", ".
 _ADAPTED = ("--model", "out/recovered/adapter/base", "--adapter", "out/recovered/adapter/adapter")
 # All folders have names of one length: manifests name the source in full, and their bytes are counted.
 _NAME_LENGTH = 16
+_LIMIT_S = 1200.0  # for an undisturbed run, however slow the machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ def make_baselines(root: Path, *, shipped: bool, wanted: Collection[str] = STAGE
     """
     baselines, job = Baselines(root=root), root / "job"
     job.mkdir(parents=True)
-    _finish(start_function(lambda: write_inputs(job, shipped=shipped), folder=job).end(), name="inputs")
+    _finish(start_function(lambda: write_inputs(job, shipped=shipped), folder=job).end(limit_s=_LIMIT_S), name="inputs")
     last = max(list(STAGES).index(name) for name in wanted)
     for stage in tqdm(_STAGES[: last + 1], desc="Undisturbed runs", leave=False):
         _make(baselines, stage=stage, job=job)
@@ -178,10 +179,10 @@ def _make(baselines: Baselines, *, stage: Stage, job: Path) -> None:
     (older / "out").mkdir(parents=True)
     for name in stage.inputs:
         copy(job / name, older / name)
-    _finish(command([*stage.arguments, *stage.other], folder=older), name=stage.name)
+    _finish(command([*stage.arguments, *stage.other], folder=older, limit_s=_LIMIT_S), name=stage.name)
     baselines.new_folder(folder, stage=stage, older=True)
     places, began = baselines.root / f"{stage.name}.places", time.monotonic()
-    _finish(command(stage.arguments, folder=folder, child=listing(places)), name=stage.name)
+    _finish(command(stage.arguments, folder=folder, child=listing(places), limit_s=_LIMIT_S), name=stage.name)
     (baselines.root / f"{stage.name}.seconds").write_text(str(time.monotonic() - began))
 
 
