@@ -1,5 +1,6 @@
 """Lightning callbacks that decide when `lightning_moe` calibrates, cuts, packs, recovers, reports and exports."""
 
+import lightning_moe  # noqa: F401  (first: it says which library is missing, before one of them is imported)
 from callbacks.calibration import ExpertCalibration
 from callbacks.channel_pruning import ChannelPruning
 from callbacks.expert_pruning import ExpertPruning

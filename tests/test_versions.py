@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 
 from lightning_moe import __version__, versions
-from lightning_moe.versions import MINIMUM, check_versions, release
+from lightning_moe.versions import ANY_VERSION, MINIMUM, check_versions, release
 
 ROOT = Path(versions.__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = sorted(path for package in ("lightning_moe", "callbacks") for path in (ROOT / package).rglob("*.py"))
-# Import name -> name on the index, where they differ.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # Import name -> the extra that brings it.
 OPTIONAL = {"lm_eval": "eval", "evaluate": "eval"}
 
@@ -53,17 +51,20 @@ def fake(monkeypatch, **found):
     monkeypatch.setattr(versions, "version", version)
 
 
-def test_the_table_is_that_of_the_project_file():
-    needed = {name: oldest for name, oldest in names_and_versions(PROJECT["dependencies"]) if oldest is not None}
-    assert needed == MINIMUM
+def test_the_tables_are_those_of_the_project_file():
+    needed = dict(names_and_versions(PROJECT["dependencies"]))
+    assert {name: oldest for name, oldest in needed.items() if oldest is not None} == MINIMUM
+    others = {name for name, oldest in needed.items() if oldest is None}
+    assert {name for name in ANY_VERSION.values() if "[" not in name} == others
+    extras = [name for name in ANY_VERSION.values() if "[" in name]
+    assert all(any(asked.startswith(f"{name}>=") for asked in PROJECT["dependencies"]) for name in extras)
 
 
-def test_everything_imported_is_asked_for():
-    allowed = {name for name, _ in names_and_versions(PROJECT["dependencies"])} | set(OPTIONAL)
-    allowed |= {"lightning_moe", "callbacks"} | sys.stdlib_module_names
-    for path in SOURCES:
-        roots = {module.split(".")[0] for module in imports(path, at_import=False)}
-        assert {DISTRIBUTIONS.get(root, root) for root in roots} <= allowed, path
+def test_everything_imported_is_asked_for_and_nothing_else():
+    roots = {module.split(".")[0] for path in SOURCES for module in imports(path, at_import=False)}
+    roots -= {"lightning_moe", "callbacks"} | set(OPTIONAL) | sys.stdlib_module_names
+    asked = {module for module, name in ANY_VERSION.items() if "[" not in name}  # an extra is for another library
+    assert roots == set(MINIMUM) | asked
 
 
 def test_what_is_optional_is_imported_when_it_is_used():
@@ -104,6 +105,39 @@ def test_what_is_too_old_or_missing_is_said_in_one_line(monkeypatch, found, expe
     with pytest.raises(ImportError, match=expected) as caught:
         check_versions()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ANY_VERSION)
+def test_small_libraries_that_are_missing_are_said_in_the_same_line(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    name = re.escape(ANY_VERSION[module])
+    with pytest.raises(ImportError, match=rf"^lightning_moe needs {name} \(not installed\)\. .* install '{name}'$"):
+        check_versions()
+
+
+def test_all_that_is_missing_is_in_one_line(monkeypatch):
+    fake(monkeypatch, peft="0.19.1")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"0\.19\.1\), pillow \(not installed\)\. .* 'peft>=0\.20' 'pillow'$"):
+        check_versions()
+
+
+def test_folders_that_an_interrupted_installation_left_are_no_library(monkeypatch, tmp_path):
+    (tmp_path / "half_removed" / "__pycache__").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(ANY_VERSION, "half_removed", "half-removed")
+    with pytest.raises(ImportError, match=r"half-removed \(not installed\)"):
+        check_versions()
+
+
+@pytest.mark.parametrize("package", ["lightning_moe", "callbacks"])
+@pytest.mark.parametrize("module", ["tqdm", "typing_extensions"])
+def test_whichever_package_is_imported_first_says_it(package, module):
+    program = f"import sys; sys.modules[{module!r}] = None; import {package}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    needs = f"lightning_moe needs {module} (not installed). Install what is needed: pip install '{module}'"
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"ImportError: {needs}"
 
 
 @pytest.mark.parametrize("found", ["2.10", "2.10.0", "2.10.0a0+git1a2b3c", "2.11.0+cpu", "10.0"])
