@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from callbacks._epochs import batches_done, note_epochs, plain_loaders, validation_loaders
+from callbacks._finite import FiniteSteps
 from callbacks._trainer import callbacks_of, resumed_checkpoint
 from lightning_moe.training.checkpoint_writing import write_whole_checkpoints
 from lightning_moe.training.random_state import random_state, set_random_state
@@ -134,13 +135,16 @@ class ExactResume(Callback):
 
 
 def resume_exactly(trainer: Trainer) -> None:
-    """Puts an ExactResume first into the trainer's list, where there is none: callbacks that cut come after it."""
+    """Puts an ExactResume first into the trainer's list, where there is none: callbacks that cut come after it.
+
+    Beside it goes a FiniteSteps, so that there is a step before a NaN to go on from.
+    """
     callbacks = callbacks_of(trainer)
     if not any(isinstance(callback, ExactResume) for callback in callbacks):
         exact = ExactResume()
         exact.attach(trainer)
         # A new list: Lightning is walking over the old one.
-        trainer.callbacks = [exact, *callbacks]  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks = [exact, FiniteSteps(), *callbacks]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def reopen_epoch(checkpoint: dict[str, Any], *, resumable: bool) -> None:

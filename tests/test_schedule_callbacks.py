@@ -223,11 +223,9 @@ def test_the_line_of_a_cut(caplog):
 
 def test_a_calibration_that_fails_leaves_the_model_as_it_was():
     class Odd(ForeignModule):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
+        def on_train_batch_end(self, outputs, batch, batch_idx):
             if batch_idx == 1:
                 moe_layers(self.lm)[1].experts.down_proj.weight.data[:] = float("nan")
-            return loss
 
     module = Odd()
     with pytest.raises(ValueError, match="NaN or infinity in batch 1 of corpus 'train'"):

@@ -87,13 +87,7 @@ class FiniteModule(LightningModule):
         Raises:
             ValueError: a trained weight is not finite; older checkpoints stay.
         """
-        name = _first_broken({name: value for name, value in self.named_parameters() if value.requires_grad})
-        if name is not None:
-            raise ValueError(
-                f"After step {self.trainer.global_step}: the weights '{name}' are not finite. This checkpoint is not "
-                "written, and older ones stay. Lower the learning rate, or clip gradients "
-                "(`trainer.gradient_clip_val`)."
-            )
+        check_weights(self)
 
     def _shown(self, loss_broken: float) -> str:
         """The parts of the loss, as they were logged last."""
@@ -125,6 +119,41 @@ class FiniteModule(LightningModule):
         except (ValueError, torch.OutOfMemoryError):  # a model without experts, or no room for another pass
             return ""
         return "; all decoder layers are finite on this batch"
+
+
+def check_gradients(module: LightningModule, *, optimizer: Optimizer) -> None:
+    """The same for a module that is not ours, of which nobody has seen the loss: looks at the gradients of this step.
+
+    Under `16-mixed` it does nothing.
+
+    Args:
+        module: what is trained.
+        optimizer: whose step comes next.
+
+    Raises:
+        ValueError: a gradient is not finite, in any process.
+    """
+    if module.trainer.precision == "16-mixed":
+        return
+    broken = (~_norm(optimizer).isfinite()).float().to(module.device)
+    processes_of(module).max_(broken)
+    if broken.item():
+        step = module.trainer.global_step + 1
+        raise ValueError(f"Step {step}: NaN or infinity in the gradients{_first_gradient(module)}. {_ADVICE}")
+
+
+def check_weights(module: LightningModule) -> None:
+    """Before a checkpoint is written.
+
+    Raises:
+        ValueError: a trained weight is not finite.
+    """
+    name = _first_broken({name: value for name, value in module.named_parameters() if value.requires_grad})
+    if name is not None:
+        raise ValueError(
+            f"After step {module.trainer.global_step}: the weights '{name}' are not finite. This checkpoint is not "
+            "written, and older ones stay. Lower the learning rate, or clip gradients (`trainer.gradient_clip_val`)."
+        )
 
 
 def _norm(optimizer: Optimizer) -> Tensor:

@@ -27,6 +27,7 @@ from lightning_moe.training.losses import next_token_loss, weight_among_processe
 from lightning_moe.training.model_source import ModelSource, processes_of, trainer_of
 from lightning_moe.training.optim import OptimizerName, ScheduleName, build_optimizer, build_schedule
 from lightning_moe.training.optimizer_names import name_optimizer_states
+from lightning_moe.training.recomputation import recompute_layers
 from lightning_moe.training.router_loss import RouterLogits, load_balancing_loss
 from lightning_moe.training.settings import TrainingSettings, check_rates
 from lightning_moe.training.teacher_logits import TeacherLogits
@@ -114,7 +115,7 @@ class LanguageModelModule(CheckpointedModule, ValidatedModule, FiniteModule):
         self.model = self._source.load(processes=processes_of(self), in_shares=sharded)
         self._check_text()
         if self.settings.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(self.model)
 
     def _check_text(self) -> None:
         """Before anything is run: the model must know every token of our data module's rows."""
