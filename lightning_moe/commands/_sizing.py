@@ -17,7 +17,8 @@ from lightning_moe.commands._shared import check_writable, files_of
 from lightning_moe.export.apart import check_apart
 from lightning_moe.files import read_json, write_json
 from lightning_moe.models.config_text import check_config_text
-from lightning_moe.models.loading import DtypeName, check_values, config_errors, read_config
+from lightning_moe.models.config_values import check_values
+from lightning_moe.models.loading import DtypeName, config_errors, read_config
 from lightning_moe.models.sources import clear_errors, find_file
 from lightning_moe.quantization.size import Bits, generation_bytes
 from lightning_moe.reporting.table import Column, format_table

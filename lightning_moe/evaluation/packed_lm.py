@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_moe.models.loading import implementations
+from lightning_moe.models.config_values import implementations
 
 _AnyHFLM: Any = HFLM  # the decorator of lm_eval's registry hides its type
 Request = tuple[Any, list[int], list[int]]  # (context and continuation as text, tokens of each)

@@ -88,7 +88,9 @@ def _wrong_router_rows(layer: MoeLayer) -> Iterator[str]:
     apart = (f"{layer.family.experts}.", *(f"{name}." for name in layer.family.shared_experts))
     for name, tensor in _tensors(layer.block).items():
         if name not in others and not name.startswith(apart) and num_experts in tensor.shape:
-            yield f"'{name}' {list(tensor.shape)} has an entry per expert too, and `router_rows` does not say so"
+            inside = name.startswith(f"{layer.family.router}.")
+            unsaid = "and `router_rows` does not say so" if inside else "outside the router, which takes code"
+            yield f"'{name}' {list(tensor.shape)} has an entry per expert too, {unsaid}"
     if layer.family.selection_bias not in (None, *rows):
         yield f"`selection_bias` '{layer.family.selection_bias}' is not in `router_rows`"
 

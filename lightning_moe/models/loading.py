@@ -1,5 +1,6 @@
 """Load a language model by folder, shipped asset or hub name."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -9,8 +10,8 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import lightning_moe.models.deepseek  # noqa: F401  (registers the model type)
 from lightning_moe.files import one_line, read_json
@@ -28,9 +29,12 @@ from lightning_moe.models.checkpoint_checks import (
     keys_by_name,
     warn_of_dropped,
 )
-from lightning_moe.models.config_text import LARGEST_LAYERS, check_config_text
-from lightning_moe.models.families import FAMILIES, REFUSED, family_of
+from lightning_moe.models.config_text import check_config_text
+from lightning_moe.models.config_values import ANEW, check_values, unusable
+from lightning_moe.models.families import FAMILIES, REFUSED
+from lightning_moe.models.fp8 import QUANT_METHOD as FP8
 from lightning_moe.models.fp8 import dequantised, is_fp8, quantization_of, without_quantization
+from lightning_moe.models.saving import QUANT_METHOD as CHANNEL_MOE
 from lightning_moe.models.sources import (
     clear_errors,
     find_file,
@@ -44,18 +48,7 @@ from lightning_moe.models.stored_tensors import LazyTensor, Part
 from lightning_moe.progress import quiet_transformers
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-# Fields of a config that count something there is at least one of.
-_COUNTS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "moe_intermediate_size",
-)
-# More than any model has, and few enough that a config alone cannot take much memory: names, widths, layers.
-_LARGEST_COUNT, _LARGEST_EXPERTS = 2**31 - 1, 2**16
-_ANEW = "Write or download it again."
+_BITSANDBYTES = "bitsandbytes"
 _CONFIG_ERRORS = (
     StrictDataclassError,
     AttributeError,
@@ -76,7 +69,8 @@ def load_model(
         source: folder, `asset:small_moe`, or hub name.
         dtype: type of the unpacked weights; `auto` keeps the stored one.
         from_scratch: random weights in the shape of the source's `config.json` (`auto` means float32 then).
-        any_family: any causal language model, also one without experts: to evaluate it, not to prune it.
+        any_family: any causal language model, also one without experts, and in any quantisation that transformers
+            loads: to evaluate it, not to prune it.
 
     Raises:
         ValueError: the folder does not exist or holds no config, the model's family is not supported, a weight file is
@@ -113,7 +107,8 @@ def read_config(source: str, *, any_family: bool = False) -> PretrainedConfig:
     """The config of a source of a known family (or of `any_family`).
 
     Raises:
-        ValueError: there is no such folder, its config cannot be read, or the family is not supported.
+        ValueError: there is no such folder, its config cannot be read, or the family or the quantisation is not
+            supported.
     """
     with clear_errors(source):
         location = location_of(source)
@@ -122,69 +117,32 @@ def read_config(source: str, *, any_family: bool = False) -> PretrainedConfig:
             check_config_text(read_json(path, what="model config"), path=str(path))
         with config_errors(source):
             config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-    _check_quantization(config, source=source)
+    _check_quantization(config, source=source, any_reader=any_family)
     if not any_family or config.get_text_config().model_type in {*REFUSED, *FAMILIES}:
         check_values(config, source=source)
     return config
 
 
-def _check_quantization(config: PretrainedConfig, *, source: str) -> None:
+def _check_quantization(config: PretrainedConfig, *, source: str, any_reader: bool) -> None:
+    """Refuses a quantisation that nobody reads: of one that it does not know transformers only warns."""
     found: object = config.to_dict().get("quantization_config")
-    if found is not None and not (isinstance(found, dict) and isinstance(found.get("quant_method"), str)):
+    if found is None:
+        return
+    if not (isinstance(found, dict) and isinstance(found.get("quant_method"), str)):
         raise ValueError(
-            f"{_unusable(source)}: `quantization_config` must be a mapping with a text `quant_method`, got "
-            f"{found!r:.60}. {_ANEW}"
+            f"{unusable(source)}: `quantization_config` must be a mapping with a text `quant_method`, got "
+            f"{found!r:.60}. {ANEW}"
         )
-
-
-def implementations(config: PretrainedConfig) -> dict[str, str | None]:
-    """Which code of transformers runs attention (`attn`) and `experts`; None: it has not been chosen yet."""
-    return {"attn": config._attn_implementation, "experts": config._experts_implementation}
-
-
-def check_values(config: PretrainedConfig, *, source: str) -> None:
-    """Refuses a config of an unknown family, or with values that no model of it can have.
-
-    Args:
-        config: as transformers reads it.
-        source: folder, asset, hub name or file that it is of.
-
-    Raises:
-        ValueError: see above; the message names the file and the field.
-    """
-    text = config.get_text_config()
-    experts = family_of(text).expert_count
-    values = text.to_dict() | {experts: getattr(text, experts)}  # it may be the other name of another field
-    largest = {"num_hidden_layers": LARGEST_LAYERS, experts: _LARGEST_EXPERTS}
-    for name in (*_COUNTS, experts):
-        value, most = values.get(name, 1), largest.get(name, _LARGEST_COUNT)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ValueError(
-                f"{_unusable(source)}: `{name}` must be an integer above 0 and at most {most}, got "
-                f"{value!r:.40}. {_ANEW}"
-            )
-    chosen = values.get("num_experts_per_tok", 1)
-    if not isinstance(chosen, int) or not 1 <= chosen <= values[experts]:
+    method = found["quant_method"]
+    is_nf4 = found.get("bnb_4bit_quant_type") == "nf4" and found.get("bnb_4bit_use_double_quant") is True
+    if method in (CHANNEL_MOE, FP8) or (method == _BITSANDBYTES and found.get("load_in_4bit") is True and is_nf4):
+        return
+    if not any_reader or (method not in AUTO_QUANTIZER_MAPPING and method != _BITSANDBYTES):
         raise ValueError(
-            f"{_unusable(source)}: `num_experts_per_tok` must be between 1 and the {values[experts]} experts, got "
-            f"{chosen!r:.40}. {_ANEW}"
-        )
-    if not isinstance(config.dtype, torch.dtype | None):
-        raise ValueError(
-            f"{_unusable(source)}: `dtype` must be a type of PyTorch, such as 'bfloat16', got {config.dtype!r:.40}. "
-            f"{_ANEW}"
-        )
-    for name, kernel in implementations(text).items():
-        if kernel is not None and not str(kernel).isidentifier():  # `owner/name` is compiled code on the hub
-            raise ValueError(
-                f"{_unusable(source)}: `{name}_implementation` must be one of transformers' own, such as 'sdpa', got "
-                f"{kernel!r:.60}. Remove it: a checkpoint does not choose the code that runs it."
-            )
-    activation = values.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACT2FN:
-        raise ValueError(
-            f"{_unusable(source)}: `hidden_act` must be an activation that transformers knows, such as 'silu', got "
-            f"{activation!r}. {_ANEW}"
+            f"'{source}' is quantised with {method!r:.60} (`quantization_config` of its config.json), which is not "
+            f"read. Supported: weights in 16 or 32 bit, 8-bit floating point with factors for blocks ({FP8!r}), what "
+            f"this package writes ({CHANNEL_MOE!r}), and whole, not layer by layer, double-quantised NF4 of "
+            f"bitsandbytes ({_BITSANDBYTES!r}). Take the checkpoint that it was quantised from."
         )
 
 
@@ -218,7 +176,7 @@ def generation_config_of(source: str) -> GenerationConfig:
     except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
         raise ValueError(
             f"'{own or config}' holds a value that generation cannot be set up with: {type(error).__name__}: "
-            f"{one_line(error)}. {_ANEW}"
+            f"{one_line(error)}. {ANEW}"
         ) from error
 
 
@@ -237,7 +195,7 @@ def config_errors(source: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except _CONFIG_ERRORS as error:
-        raise ValueError(f"{_unusable(source)}: {type(error).__name__}: {one_line(error)}. {_ANEW}") from error
+        raise ValueError(f"{unusable(source)}: {type(error).__name__}: {one_line(error)}. {ANEW}") from error
     except ValueError as error:
         supported = ", ".join(sorted(FAMILIES))
         if "trust_remote_code" in str(error):
@@ -250,19 +208,18 @@ def config_errors(source: str) -> Iterator[None]:
         raise ValueError(f"'{source}': {str(error).splitlines()[0]} Supported here: {supported}.") from error
 
 
-def _unusable(source: str) -> str:
-    path = source if source.endswith(".json") else find_file(source, "config.json")
-    return f"'{path}' holds a value that the model cannot be made with"
-
-
 @contextmanager
 def joining_errors(config: PretrainedConfig, *, tensors: Mapping[str, LazyTensor]) -> Iterator[None]:
     """What transformers raises where it cannot join tensors to a weight becomes a ValueError that names the file.
+
+    Its report of that, a table with a traceback, is not shown.
 
     Args:
         config: of the model, as its folder has it.
         tensors: what the files hold.
     """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_has_no_traceback)
     try:
         yield
     except torch.OutOfMemoryError:
@@ -275,6 +232,12 @@ def joining_errors(config: PretrainedConfig, *, tensors: Mapping[str, LazyTensor
             check_parts(keys, tensors=tensors)
             check_joined(keys, tensors=tensors, state=model.state_dict())
         raise
+    finally:
+        logger.removeFilter(_has_no_traceback)
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return "Traceback (most recent call last)" not in record.getMessage()
 
 
 def _load_whole(
