@@ -16,8 +16,12 @@ from pyarrow import ArrowException
 from lightning_moe.assets import ASSET_PREFIX, resolve_asset
 from lightning_moe.progress import quiet_datasets
 from lightning_moe.training.json_checks import check_json
+from lightning_moe.training.parquet_checks import check_parquet
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Of each builder: what its files are looked through for before it reads them, and how it reads them.
+_CHECKS = {"json": check_json, "parquet": check_parquet}
+_OPTIONS: dict[str, dict[str, Any]] = {"text": {"sample_by": "document"}, "parquet": {"batch_size": 1000}}
 _UNREADABLE = (DatasetGenerationError, DatasetNotFoundError, ArrowException)
 # `datasets` would take such a name for a pattern or an address, and read other files.
 _PATTERN_MARKS = ("*", "?", "[", "]", "{", "}", "::")
@@ -127,9 +131,10 @@ def _open(corpus: Corpus, *, name: str) -> Dataset | IterableDataset:
         builder = _BUILDERS[Path(files[0]).suffix]
         for file in files:
             _check_plain(file, name=name)
-        for file in files if builder == "json" else ():
-            check_json(file, name=name)
-        options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+        for file in files:
+            if builder in _CHECKS:
+                _CHECKS[builder](file, name=name)
+        options = _OPTIONS.get(builder, {})
         with quiet_datasets(), _untold():
             records = load_dataset(builder, data_files={"train": files}, split="train", **options)
     else:

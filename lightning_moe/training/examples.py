@@ -8,6 +8,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightning_moe.training.corpora import Corpus, Record
+from lightning_moe.training.time_limit import CpuLimit
 
 # The prompts of Stanford Alpaca, on whose data paper A recovers.
 _WITH_INPUT = (
@@ -31,7 +32,9 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     RecursionError,
     MemoryError,
+    TimeoutError,
 )
+_LONGEST_RENDERING = 30.0  # seconds of computing; a long conversation takes milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +109,11 @@ def _render(messages: Sequence[dict[str, Any]], *, tokenizer: PreTrainedTokenize
     """The template is a program of the tokenizer's folder; jinja keeps it away from files, names and code.
 
     Raises:
-        ValueError: it fails on these messages.
+        ValueError: it fails on these messages, or does not end.
     """
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        with CpuLimit(_LONGEST_RENDERING):
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
     except _TEMPLATE_ERRORS as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(

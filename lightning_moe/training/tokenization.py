@@ -24,6 +24,7 @@ from lightning_moe.assets import resolve_asset
 from lightning_moe.files import NativeErrors
 from lightning_moe.training.corpora import Corpus, Record, read_records
 from lightning_moe.training.examples import Example, instruction_example, message_examples, text_of
+from lightning_moe.training.long_texts import Piece, batches, pieces
 from lightning_moe.training.packing import Rows, TokenSpan, pack_examples, pack_stream
 
 _LOG = logging.getLogger(__name__)
@@ -161,14 +162,15 @@ def _stream(
         texts = iter([corpus.separator.join(texts)])
     beginning = _beginning(tokenizer)
     skipped = sample * (corpus.max_tokens or 0)
-    pieces, left = [np.empty(0, dtype=np.int32)], None if corpus.max_tokens is None else skipped + corpus.max_tokens
-    for ids in _tokenise((text for text in texts if text), name=name, tokenizer=tokenizer):
-        pieces.append(np.array([*beginning, *ids, tokenizer.eos_token_id], dtype=np.int32)[:left])
+    parts, left = [np.empty(0, dtype=np.int32)], None if corpus.max_tokens is None else skipped + corpus.max_tokens
+    for piece, ids in _tokenise((text for text in texts if text), name=name, tokenizer=tokenizer):
+        begin, end = beginning if piece.begins else [], [tokenizer.eos_token_id] if piece.ends else []
+        parts.append(np.array([*begin, *ids, *end], dtype=np.int32)[:left])
         if left is not None:
-            left -= len(pieces[-1])
+            left -= len(parts[-1])
             if left == 0:
                 break
-    stream_T = torch.from_numpy(np.concatenate(pieces))[skipped:]
+    stream_T = torch.from_numpy(np.concatenate(parts))[skipped:]
     _check_sample(len(stream_T), corpus=corpus, name=name, sample=sample)
     return stream_T
 
@@ -182,14 +184,29 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _tokenise(texts: Iterable[str], *, name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    texts = iter(texts)
+def _tokenise(
+    texts: Iterable[str], *, name: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Piece, list[int]]]:
+    """Tokens of every text, of a long one piece by piece."""
+
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    cut = chain.from_iterable(pieces(text, tokenize=lambda part: ids_of([part])[0]) for text in texts)
     with tqdm(desc=f"tokenise {name}", unit=" texts", delay=10) as bar:
-        while batch := list(islice(texts, _RECORDS_AT_ONCE)):
-            yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-            bar.update(len(batch))
+        for batch in batches(cut):
+            yield from zip(batch, ids_of([piece.text for piece in batch]), strict=True)
+            bar.update(sum(piece.ends for piece in batch))
+
+
+def _whole(tokenised: Iterator[tuple[Piece, list[int]]]) -> list[int]:
+    """Tokens of the next text."""
+    ids: list[int] = []
+    for piece, more in tokenised:
+        ids += more
+        if piece.ends:
+            break
+    return ids
 
 
 def _examples(
@@ -214,11 +231,11 @@ def _token_spans(
             (segment.text for example in batch for segment in example), name=name, tokenizer=tokenizer
         )
         for example in batch:
-            pieces = [(False, beginning), *((segment.learn, next(tokenised)) for segment in example)]
-            ids = [token for _, piece in pieces for token in piece]
+            parts = [(False, beginning), *((segment.learn, _whole(tokenised)) for segment in example)]
+            ids = [token for _, part in parts for token in part]
             num_tokens += len(ids)
             if corpus.max_tokens is not None and num_tokens > skipped + corpus.max_tokens:
                 return
             if num_tokens <= skipped:
                 continue
-            yield TokenSpan(input_ids=ids, learn=[learn for learn, piece in pieces for _ in piece])
+            yield TokenSpan(input_ids=ids, learn=[learn for learn, part in parts for _ in part])
