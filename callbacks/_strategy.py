@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lightning_moe.calibration.processes import Processes
 from lightning_moe.training.checkpoint import restore_structure
+from lightning_moe.training.checkpoint_files import COMMAND_LINE_ENTRIES
 from lightning_moe.training.module import LanguageModelModule
 from lightning_moe.training.node_loading import leave_frozen_alone
 from lightning_moe.training.sharding import is_sharded, whole_state
@@ -112,7 +113,7 @@ def _arguments(pl_module: LightningModule) -> dict[str, Any]:
     """What the module was made with, as far as it was saved and its constructor takes it."""
     parameters = inspect.signature(type(pl_module)).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    saved = {name: value for name, value in pl_module.hparams.items() if name not in ("_instantiator", "_class_path")}
+    saved = {name: value for name, value in pl_module.hparams.items() if name not in COMMAND_LINE_ENTRIES}
     return {name: value for name, value in saved.items() if takes_any or name in parameters}
 
 

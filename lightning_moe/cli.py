@@ -6,10 +6,14 @@ import re
 import signal
 import sys
 import warnings
+from difflib import get_close_matches
+from importlib.metadata import version
 from inspect import getdoc
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentError, ArgumentParser
+import torch
+from jsonargparse import ArgumentError
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,14 +21,16 @@ from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIss
 from typing_extensions import override
 
 import callbacks
+from lightning_moe import __version__
 from lightning_moe.commands import COMMANDS
+from lightning_moe.commands._parsers import PROGRAM, CommandParser, TrainingParser, fitted, in_words, usage
 from lightning_moe.commands._yaml import check_config_files, checked_configs
 from lightning_moe.failures import failure_of_machine
 from lightning_moe.signals import SIGNAL_CODE, Terminated, forget_children, signals_raise
+from lightning_moe.training.checkpoint_files import checkpoint_errors, named_class, read_checkpoint
 from lightning_moe.training.data import TextDataModule
-from lightning_moe.training.module import LanguageModelModule
+from lightning_moe.training.module import LanguageModelModule, RecoveryModule
 
-PROGRAM = "python -m lightning_moe"
 TRACEBACK_VARIABLE = "LIGHTNING_MOE_TRACEBACK"
 # Beginnings of lines in which jsonargparse lists what else it tried and what came, whole.
 _PARSER_CHATTER = (
@@ -35,12 +41,14 @@ _PARSER_CHATTER = (
     "Given value type:",
     "Given value: Namespace(",
 )
+_ORDER = ("calibrate", "plan", "prune", "teach", "fit", "validate", "evaluate", "compare", "export", "report")
 _AGAIN = "the same command goes on where it stopped"
 _GOES_ON = dict.fromkeys(("calibrate", "prune", "teach"), _AGAIN) | {
     "fit": "with a checkpoint (ModelCheckpoint), `--ckpt_path last` goes on from it"
 }
-_EXPECTED = (ArgumentError, ValueError, OSError, MisconfigurationException, RuntimeError, MemoryError, ImportError)
-_GIVEN_FLAG = re.compile(r"Given value: NestedArg\(key='.*', val=(.*)\)")
+_LIBRARIES = (RuntimeError, MemoryError, SystemError, ImportError)
+_EXPECTED = (ArgumentError, ValueError, OSError, MisconfigurationException, *_LIBRARIES)
+_GIVEN_FLAG = re.compile(r"Given value: NestedArg\(key='.*', val='?(.*?)'?\)")
 # What torch puts before the message of an error in a worker: a traceback, to its last unindented line.
 _WORKER_TRACEBACK = re.compile(r"^Caught \w+ in DataLoader worker process \d+\..*\n[\w.]+: ", re.DOTALL)
 _TRAINING = {
@@ -73,11 +81,36 @@ class CompressionCLI(LightningCLI):
         }
 
     @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = TrainingParser(**{"dump_header": [f"lightning_moe=={__version__}"]} | kwargs)
+        parser.add_argument(
+            "-c", "--config", action="config", help="YAML file with arguments; may be given several times."
+        )
+        return parser
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Each callback of ours is an optional argument group, so that one value can be overridden by flag."""
         for group, name in CALLBACK_GROUPS.items():
             callback: type[Callback] = vars(callbacks)[name]
             parser.add_lightning_class_args(callback, group, subclass_mode=True, required=False)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Lightning takes the module's class and settings from the file before anything else has looked at it."""
+        options = self.config[self.config["subcommand"]]
+        path, model = options["ckpt_path"], options["model"]
+        if path is None or not Path(path).is_file() or options["weights_only"] is False:
+            return
+        saved = named_class(read_checkpoint(path))
+        own = [f"{module.__module__}.{module.__qualname__}" for module in (LanguageModelModule, RecoveryModule)]
+        if saved not in (None, model["class_path"], *own):
+            raise ValueError(
+                f"The checkpoint '{path}' names the class {saved!r:.100}, and `model` is '{model['class_path']}'. A "
+                "checkpoint does not choose the code that runs: if you know the class, name it with `--model`."
+            )
+        with checkpoint_errors(path):
+            super()._parse_ckpt_path()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -96,12 +129,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     _configure_output()
     _check_callbacks_package()
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(overview())
+    if not arguments or arguments[0] in ("-h", "--help", "--version"):
+        sys.stdout.write(versions() if "--version" in arguments else overview())
         return
     name = arguments[0]
-    if name not in COMMANDS and name not in _TRAINING:
-        _stop(f"unknown subcommand '{name}'. `{PROGRAM} --help` lists them.", code=2)
+    if name not in _ORDER:
+        _stop(_unknown(name), code=2)
     try:
         with signals_raise(), checked_configs(classes=name in _TRAINING):
             check_config_files(arguments[1:], classes=name in _TRAINING)
@@ -134,7 +167,7 @@ def _told(error: BaseException, *, name: str) -> tuple[str, int] | None:
         return f"{one_line(error).rstrip('.')}. `{PROGRAM} {name} --help` lists the options.", 2
     if isinstance(error, ValueError | OSError | MisconfigurationException | LinAlgError):
         return one_line(error), 1
-    return None  # another RuntimeError or ImportError, or the parser's own exit
+    return None  # another RuntimeError, SystemError or ImportError, or the parser's own exit
 
 
 def run_command(name: str, arguments: list[str]) -> None:
@@ -165,7 +198,7 @@ def train(arguments: list[str]) -> CompressionCLI:
         save_config_callback=None,
         parser_kwargs={"prog": PROGRAM, "exit_on_error": False}
         | {
-            name: {"exit_on_error": False, "usage": _usage(name), "description": summary}
+            name: {"exit_on_error": False, "usage": usage(name), "description": summary}
             for name, summary in _TRAINING.items()
         },
         args=arguments,
@@ -176,7 +209,7 @@ def one_line(error: BaseException) -> str:
     """What went wrong, without the parser's account of every type it tried."""
     text = _WORKER_TRACEBACK.sub("In a worker process of a data loader: ", str(error))
     told = [_GIVEN_FLAG.sub(r"Got \1.", line.strip().removeprefix("- ")) for line in text.splitlines()]
-    useful = [line for line in told if line and not line.startswith(_PARSER_CHATTER)]
+    useful = [in_words(line) for line in told if line and not line.startswith(_PARSER_CHATTER)]
     return " ".join(dict.fromkeys(useful)) or type(error).__name__
 
 
@@ -185,12 +218,17 @@ def _stop(message: str, *, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def command_parser(name: str) -> ArgumentParser:
+def _unknown(name: str) -> str:
+    if name.startswith("-"):
+        return f"the subcommand comes first and its options after it, got '{name}'. It is one of {', '.join(_ORDER)}."
+    near = [f"Did you mean `{one}`? " for one in get_close_matches(name, _ORDER, n=1)]
+    return f"unknown subcommand '{name}'. {''.join(near)}`{PROGRAM} --help` lists them."
+
+
+def command_parser(name: str) -> CommandParser:
     """The parser of one command; `data` is TextDataModule's own argument group, as it is for `fit`."""
     command = COMMANDS[name]
-    parser = ArgumentParser(
-        prog=f"{PROGRAM} {name}", usage=_usage(name), description=_summary(name), exit_on_error=False
-    )
+    parser = CommandParser(usage=usage(name), description=_summary(name), exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with arguments; may be given several times.")
     needs_data = "data" in command.__annotations__
     parser.add_function_arguments(command, as_group=False, skip={"data"} if needs_data else set())
@@ -200,25 +238,25 @@ def command_parser(name: str) -> ArgumentParser:
 
 
 def overview() -> str:
-    """All subcommands, one line each."""
+    """All subcommands, one line each where the terminal is wide enough."""
     summaries = {name: _summary(name) for name in COMMANDS} | _TRAINING
-    order = ("calibrate", "plan", "prune", "teach", "fit", "validate", "evaluate", "compare", "export", "report")
-    lines = [f"  {name:<10} {summaries[name]}" for name in order]
-    return "\n".join(
-        [
-            f"usage: {_usage('SUBCOMMAND')}",
-            "",
-            *lines,
-            "",
-            f"`{PROGRAM} SUBCOMMAND --help` lists the options.",
-            f"Errors are one line; with {TRACEBACK_VARIABLE}=1 in the environment they say where they came from.",
-            "",
-        ]
-    )
+    lines = [
+        f"usage: {usage('SUBCOMMAND')}",
+        "",
+        *(fitted(f"  {name:<10} {summaries[name]}", indent=13) for name in _ORDER),
+        "",
+        fitted(f"`{PROGRAM} SUBCOMMAND --help` lists the options, `{PROGRAM} --version` the versions."),
+        fitted(f"Errors are one line; with {TRACEBACK_VARIABLE}=1 in the environment they say where they came from."),
+        "",
+    ]
+    return "\n".join(lines)
 
 
-def _usage(name: str) -> str:
-    return f"{PROGRAM} {name} [--config FILE] [options]"
+def versions() -> str:
+    """Ours, and those of the libraries that a report of an error wants."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    told = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "bitsandbytes", "lightning"))
+    return f"lightning_moe {__version__} (Python {python}, torch {torch.__version__}, {told})\n"
 
 
 def _summary(name: str) -> str:

@@ -6,12 +6,13 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
 from cli_runs import CONFIGS, quickstart, run, save_job
 from transformers import AutoModelForCausalLM
 
 import callbacks
-from lightning_moe import cli
+from lightning_moe import __version__, cli
 from lightning_moe.allocation import TBCoverage, build_method
 from lightning_moe.evaluation.stages import load_stages
 from lightning_moe.files import read_json
@@ -172,13 +173,21 @@ def test_overview_lists_every_subcommand(capsys):
     assert cli.TRACEBACK_VARIABLE in shown
 
 
+def test_versions_in_one_line(capsys):
+    cli.main(["--version"])
+    begins = rf"lightning_moe {__version__} \(Python 3\.[\d.]+, torch {re.escape(torch.__version__)}, "
+    line = begins + r".*lightning \d[\d.]+\)\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+
+
 def test_the_module_runs_as_a_program(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lightning_moe", "prun"], capture_output=True, text=True, cwd=CONFIGS.parent, check=False
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "python -m lightning_moe: unknown subcommand 'prun'. `python -m lightning_moe --help` lists them.\n"
+        "python -m lightning_moe: unknown subcommand 'prun'. Did you mean `prune`? "
+        "`python -m lightning_moe --help` lists them.\n"
     )
     assert done.stdout == ""
 

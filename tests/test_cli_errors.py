@@ -35,7 +35,11 @@ WRONG_FLAGS = {
     "unknown method": (["--pruning.method", "magic"], 1, r"one of \['exact_global', .* got 'magic'"),
     "ratio above 1": (["--pruning.prune_ratio", "1.5"], 1, r"fit: `prune_ratio` must be in \[0, 1\), got 1.5"),
     "ratio below 0": (["--pruning.prune_ratio", "-0.5"], 1, r"fit: `prune_ratio` must be in \[0, 1\), got -0.5"),
-    "ratio that is no number": (["--pruning.prune_ratio", "half"], 2, r"prune_ratio.*half"),
+    "ratio that is no number": (
+        ["--pruning.prune_ratio", "half"],
+        2,
+        r"`prune_ratio`: Expected a number\. Got half\. `python",
+    ),
     "negative rank": (["--recovery.adapter.expert_rank", "-2"], 1, "`expert_rank` must be 0 .* got -2"),
     "no ranks": (
         [f"--recovery.adapter.{part}_rank=0" for part in ("expert", "router", "attention")],
@@ -141,6 +145,12 @@ def test_nf4_needs_whole_blocks(folder, capsys, tmp_path):
         (["plan", "--statistics", "x", "--out", "x"], 1, "how much to cut: `prune_ratio`, `keep_ratio`, `budget`"),
         (["plan", "--out", "x"], 1, "name `statistics` .*name its `config_json`. Got `out`"),
         (["plan", "--prune_ration", "1"], 2, "prune_ration"),
+        (["plan", "--bits", "8"], 2, r"plan: `bits`: Expected one of 4, 16\. Got 8\. `python"),
+        (["plan", "--corpora", "code"], 2, r"`corpora`: Expected a list, such as `\[one, two\]`\. Got code\. `"),
+        (["plan", "--method_args", "align=16"], 2, r"Expected a mapping, such as `{name: value}`\. Got align=16\."),
+        (["fit"], 2, "fit: the following arguments are required: data.tokenizer, model"),
+        (["pruned"], 2, "unknown subcommand 'pruned'. Did you mean `prune`\\? "),
+        (["--config", "x.yaml", "fit"], 2, "subcommand comes first .*, got '--config'. It is one of calibrate, plan"),
         (["report", "--folder", "nowhere"], 1, "There are no rows of results below 'nowhere/stages'"),
         (["export", "--model", "./nowhere/x", "--out", "x", "--formats", "[gguf]"], 2, "gguf"),
         (["export", "--model", "./nowhere/x", "--out", "x", "--formats", "[ragged]"], 1, "There is no model at"),
@@ -218,7 +228,7 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
         raise KeyError("a mistake of ours")
 
     monkeypatch.setitem(cli.COMMANDS, "report", broken)
-    monkeypatch.setattr(cli, "command_parser", lambda name: cli.ArgumentParser())
+    monkeypatch.setattr(cli, "command_parser", lambda name: cli.CommandParser())
     with pytest.raises(KeyError, match="a mistake of ours"):
         cli.main(["report"])
 
@@ -228,7 +238,7 @@ def test_one_line_of_what_the_parser_says():
         'Parser key "x":\n  Does not validate against any of the Union subtypes\n  Subtypes: [1]\n  Errors:\n'
         "    - `a` must be 1.\n    - Expected a <class 'NoneType'>\n  Given value type: <class 'int'>\n  Given value: 3"
     )
-    assert cli.one_line(ValueError(told)) == 'Parser key "x": `a` must be 1. Given value: 3'
+    assert cli.one_line(ValueError(told)) == "`x`: `a` must be 1. Got 3."
     flag = "Expected a <class 'float'>\n  Given value: NestedArg(key='prune_ratio', val='half')"
-    assert cli.one_line(ValueError(flag)) == "Expected a <class 'float'> Got 'half'."
+    assert cli.one_line(ValueError(flag)) == "Expected a number. Got half."
     assert cli.one_line(ValueError()) == "ValueError"

@@ -16,6 +16,7 @@ import torch
 from fuzzing import guard
 from fuzzing.campaign import kinds_of, run_batch
 from fuzzing.damage_json import VALUES
+from fuzzing.damage_tensors import change_metadata, join
 from fuzzing.guard import guarded
 from fuzzing.readers import Reader, Sample
 from hypothesis import given, settings
@@ -153,3 +154,10 @@ def test_values_that_are_drawn_are_new(values) -> None:
             value.append("changed")
         elif isinstance(value, dict):
             value["changed"] = True
+
+
+@pytest.mark.parametrize("metadata", [{}, 7, "text", None, {"record": "{}"}, {"record": 7}])
+@settings(max_examples=20, database=None, deadline=None, derandomize=True)
+@given(st.data())
+def test_what_was_damaged_before_can_be_damaged_again(metadata, data) -> None:
+    change_metadata(join({"__metadata__": metadata, "a": {}}, b"1234"), data.draw)

@@ -77,10 +77,27 @@ def test_no_option_of_fit_is_left_without_help(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120])
-@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("name", [*sorted(cli.COMMANDS), "fit", "validate"])
 def test_help_fits_the_terminal(name, columns, monkeypatch, capsys):
     text = shown([name, "--help"], columns=columns, monkeypatch=monkeypatch, capsys=capsys)
     assert [line for line in text.splitlines() if len(line) > columns] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fit", f"--{group}.help", kind] for group, kind in CLASSES.items()] + [["compare", "--grid.help"]]
+)
+def test_help_of_one_class_fits_too_and_names_the_program(arguments, monkeypatch, capsys):
+    text = shown(arguments, columns=80, monkeypatch=monkeypatch, capsys=capsys)
+    assert text.startswith("usage: python -m lightning_moe SUBCOMMAND [--config FILE] [options]\n")
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_overview_fits_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = cli.overview().splitlines()[1:]
+    assert [line for line in lines if len(line) > columns] == []
+    assert (len([line for line in lines if line.startswith("  ")]) == 10) is (columns == 200)
 
 
 @pytest.mark.parametrize("name", [*sorted(cli.COMMANDS), "fit", "validate"])
@@ -88,6 +105,7 @@ def test_help_begins_with_what_the_command_does(name, monkeypatch, capsys):
     text = shown([name, "--help"], columns=120, monkeypatch=monkeypatch, capsys=capsys)
     usage, _, summary, *_ = text.splitlines()
     assert usage == f"usage: python -m lightning_moe {name} [--config FILE] [options]"
+    monkeypatch.setenv("COLUMNS", "200")
     assert f"  {name:<10} {summary}\n" in cli.overview()
 
 

@@ -57,6 +57,10 @@ def set_in(*path, to):
         (set_in("linears", to=[3]), "`linears` must be names of Linear layers"),
         (set_in("adapter", to="dora"), "`adapter` must be PEFT's settings by name, or null, got 'dora'"),
         (set_in("layers", 0, "name", to=""), "`name` of a layer must be the full name of its experts"),
+        (
+            set_in("layers", 0, "name", to="a\nb"),
+            r"`name` of a layer must be the full name of its experts, got 'a\\nb'",
+        ),
         (set_in("layers", 0, "packed", to="no"), "`packed` must be true or false"),
         (set_in("layers", 0, "origin", "widths", to=7), "`widths` must be a list of counts, got 7"),
         (

@@ -1,6 +1,5 @@
 """Short recoveries within a comparison: DoRA on 4-bit rows, and on the unpruned model as their control."""
 
-import logging
 import math
 import shutil
 import time
@@ -16,8 +15,6 @@ from lightning_moe.evaluation.compare import CONTROL, Comparison, Row, StageSpec
 from lightning_moe.evaluation.compare.digests import settings_digest, text_digest
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.module import RecoveryModule
-
-log = logging.getLogger(__name__)
 
 _SEEDS = 2**32
 _INHERITED = ("method", "settings", "ratio", "bits", "repair", "sample", "calibrations", "novices", "export")

@@ -45,7 +45,7 @@ def calibrate(
         out: File to write (safetensors).
         data: The data module; its `calibration` corpora are used.
         dtype: Type of the weights during the pass; `auto` is the stored one.
-        moments: Also gather the [E, H] and [E, E] sums that some expert criteria want.
+        moments: Also gather what `mone`, `expert_sparsity` and novices need: sums of experts x hidden size numbers.
         gradients: Then also load the whole model and run backward through it, for the channel criteria `snip` and
             `taylor`: about twice the time again, not on 4-bit experts, and in one process.
         device: Where it runs; `auto` is the GPU if there is one.

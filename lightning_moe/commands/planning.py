@@ -60,7 +60,8 @@ def plan(
         prune_ratio: Share of routed-expert channels to remove, in [0, 1).
         keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
         budget: Bytes of the folder that `prune` will write, such as 11.5GB (KB, MB, GB: powers of 1000; KiB, MiB, GiB:
-            of 1024). Tensors and configs as they are stored, the tokenizer left out. Needs `model`.
+            of 1024; a whole number alone is bytes). Tensors and configs as they are stored, the tokenizer left out.
+            Needs `model`.
         stored_params: Parameters of the whole model that stay, such as 3.2M or 16B. Needs `model`.
         active: Share of the routed-expert parameters a token uses on average that stays, in (0, 1].
         model: Folder, `asset:small_moe` or hub name of the calibrated model; only its `config.json` is read.

@@ -1,15 +1,11 @@
 """The command `teach`."""
 
-import logging
-
 from lightning_moe.commands._shared import Device, resolve_device
 from lightning_moe.models.loading import DtypeName, read_config
 from lightning_moe.training.data import TextDataModule
 from lightning_moe.training.distillation import TeacherQuantize, load_teacher
 from lightning_moe.training.teach import make_manifest, prepare_folder, write_teacher_logits
 from lightning_moe.training.teacher_logits import LogProbDtype
-
-log = logging.getLogger(__name__)
 
 
 def teach(

@@ -56,6 +56,8 @@ class PrunePlan:
         texts = [self.method, *self.provenance, *self.provenance.values()]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"`method` and `provenance` must be text, got {texts!r:.200}.")
+        if not self.method.isprintable():  # it is shown in logs, tables and model cards
+            raise ValueError(f"`method` must be printable text, got {self.method!r:.80}.")
         if len(self.keep) != len(self.shape.layers):
             raise ValueError(f"`keep` must have {len(self.shape.layers)} layers, got {len(self.keep)}.")
         for index, (layer, keep_C) in enumerate(zip(self.shape.layers, self.keep, strict=True)):

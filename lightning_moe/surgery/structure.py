@@ -44,8 +44,7 @@ class LayerStructure:
     packed: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"`name` of a layer must be the full name of its experts, got {self.name!r}.")
+        _checked_name(self.name)
         if not isinstance(self.packed, bool) or (self.packed and self.origin is None):
             raise ValueError(f"{self.name}: `packed` must be true or false, and false for stock experts.")
 
@@ -66,14 +65,15 @@ class LayerStructure:
             ValueError: keys or values do not fit.
         """
         values = _checked(content, keys={field.name for field in fields(cls)}, what="A layer's structure")
+        name = _checked_name(values["name"])
         if values["origin"] is not None:
             keys = {"widths", "kept", "refitted"}
-            origin = _checked(values["origin"], keys=keys, what=f"The origin of {values['name']}")
+            origin = _checked(values["origin"], keys=keys, what=f"The origin of {name}")
             if not isinstance(origin["widths"], list):
-                raise ValueError(f"{values['name']}: `widths` must be a list of counts, got {origin['widths']!r}.")
+                raise ValueError(f"{name}: `widths` must be a list of counts, got {origin['widths']!r}.")
             widths = tuple(origin["widths"])
             num_channels = sum(width for width in widths if isinstance(width, int))
-            what = f"{values['name']}: `kept`: the mask of the kept channels"
+            what = f"{name}: `kept`: the mask of the kept channels"
             kept_C = mask_from_hex(origin["kept"], num_channels=num_channels, what=what)
             values["origin"] = Origin(widths=widths, kept_C=kept_C, refitted=origin["refitted"])
         return cls(**values)
@@ -303,6 +303,12 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
 
 def _hidden_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().hidden_size)
+
+
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ValueError(f"`name` of a layer must be the full name of its experts, got {name!r:.80}.")
+    return name
 
 
 def _checked(content: object, *, keys: set[str], what: str) -> dict[str, Any]:

@@ -34,6 +34,13 @@ _ERRORS = (
 )
 # Keys of a Lightning checkpoint that are mappings, where they are there.
 _MAPPINGS = ("state_dict", "hyper_parameters", "callbacks", "loops", "lightning_moe")
+# What Lightning's command line adds to the saved settings of a module; the last is the name of its class.
+COMMAND_LINE_ENTRIES = ("_instantiator", "_class_path")
+
+
+def named_class(checkpoint: Mapping[str, Any]) -> object:
+    """What a checkpoint says its module's class is; None where the command line did not write it."""
+    return checkpoint.get("hyper_parameters", {}).get(COMMAND_LINE_ENTRIES[-1])
 
 
 def read_checkpoint(path: str | Path, *, trusted: bool = False) -> dict[str, Any]:

@@ -144,10 +144,10 @@ def _grown(header: dict[str, Any], name: str, numbers: bytes, draw: Draw) -> tup
 def change_metadata(content: bytes, draw: Draw) -> bytes:
     """The JSON that stands as text inside the metadata."""
     parts = split(content)
-    if parts is None or not parts[0].get("__metadata__"):
+    metadata = None if parts is None else parts[0].get("__metadata__")
+    if parts is None or not metadata or not isinstance(metadata, dict):  # damaged before
         return change_header(content, draw)
     header, numbers = parts
-    metadata = header["__metadata__"]
     key = draw(st.sampled_from([*metadata]))
     try:
         tree = json.loads(metadata[key])
