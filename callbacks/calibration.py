@@ -45,7 +45,7 @@ class ExpertCalibration(Callback):
             because there are no calibration corpora; these are read in `fit` only.
         window: For scheduled cuts: calibrate on this many batches that training saw last (of every process), instead
             of `data.calibration` or the first training batches. A checkpoint holds them.
-        moments: Also gather the [E, H] and [E, E] sums that some expert criteria want.
+        moments: Also gather what `mone`, `expert_sparsity` and novices need: sums of experts x hidden size numbers.
     """
 
     def __init__(

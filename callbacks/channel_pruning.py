@@ -43,7 +43,7 @@ class ChannelPruning(Pruning):
             optimization each optimizer.step() counts.
         plan_file: A saved PrunePlan.
         method: `exact_global`, `channel_coverage` (ours), `paper_a`, `tb_coverage` (paper B), `uniform`, `wanda`,
-            `reap`, or another preset of `lightning_moe.allocation.PRESETS`.
+            `reap`, or another name of `plan --method`.
         method_args: Settings of the method, for example `{align: 64}`.
         repair: Refit the down projections by least squares (a second calibration pass), for a cut before training; the
             cuts of a schedule are made without.

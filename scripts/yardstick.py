@@ -1,9 +1,10 @@
 """Measures the code against the project's bounds and prints a table; exit code 1 where a bound is broken.
 
 Lengths of files and functions, annotations, docstrings with shapes and units, raised messages and their tests,
-guessing, repeated blocks, the size of the tests, configs with results. It reads the files and runs nothing: layers are
-shown by `tests/test_layers.py`, types by pyright, and what resumes, is cut or is merged alike by tests of their own.
-Lengths of functions are without docstrings; where that hides something, the figure with them stands beside it.
+guessing, repeated blocks, names that nothing reads, the size of the tests, configs with results. It reads the files and
+runs nothing: layers are shown by `tests/test_layers.py`, types by pyright, and what resumes, is cut or is merged alike
+by tests of their own. Lengths of functions are without docstrings; where that hides something, the figure with them
+stands beside it.
 
     python scripts/yardstick.py [--offenders 5] [--json FILE]
 """
@@ -21,6 +22,7 @@ from measures.raises import measure_raises
 from measures.repeats import measure_repeats
 from measures.signatures import measure_signatures
 from measures.source import BESIDE, LIBRARY, Measured, read_sources
+from measures.unread import measure_unread
 
 
 def measure() -> list[Measured]:
@@ -34,6 +36,7 @@ def measure() -> list[Measured]:
         *measure_raises(library, tests=tests),
         *measure_habits(library, tests=tests),
         *measure_repeats(library, beside=beside),
+        *measure_unread(library),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from lightning_moe.adapters import (
 )
 from lightning_moe.models.channel_experts import ChannelExperts
 from lightning_moe.models.discovery import moe_layers
+from lightning_moe.models.families import FAMILIES
 from lightning_moe.quantization.linears import quantize_model
 from lightning_moe.surgery.cut import convert_experts, cut_layer
 
@@ -162,6 +164,13 @@ def test_attention_of_latent_and_linear_kinds_is_adapted() -> None:
             key.split(".lora_")[0].rpartition(".")[2] for key, p in peft_model.named_parameters() if p.requires_grad
         }
         assert found == leaves
+
+
+def test_attention_that_the_family_does_not_name_is_not_left_out_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    unnamed = replace(FAMILIES["qwen3_moe"], attention=("attention_of_another_name",))
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", unnamed)
+    with pytest.raises(ValueError, match="`attention_rank` is set, but no attention Linear of this family was found"):
+        inject_adapters(_cut_model(), config=AdapterConfig(expert_rank=2, attention_rank=1))
 
 
 def test_norms_are_trained_saved_and_merged(tmp_path: Path) -> None:

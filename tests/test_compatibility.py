@@ -36,7 +36,7 @@ def test_the_rows_are_the_bounds_the_newest_and_the_pinned_versions():
     for row in QUICK:
         # Everything but torch is as in the row without the suffix.
         assert versions_of(row) == versions_of(row.removesuffix("_libraries")) | {"torch": pinned["torch"]}
-    assert "jsonargparse[signatures]==4.40" in requirements("oldest")
+    assert "jsonargparse[signatures]==4.43" in requirements("oldest")
     with pytest.raises(ValueError, match=r"There is no row 'middle'\. Rows: oldest_libraries, "):
         requirements("middle")
 

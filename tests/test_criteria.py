@@ -8,6 +8,7 @@ from lightning_moe.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
 from lightning_moe.criteria.channel import channel_saliency
 from lightning_moe.criteria.expert import attribution
 from lightning_moe.criteria.perturbation import first_order_factor
+from lightning_moe.criteria.scoring import score_channels, score_experts
 
 EVERY_CRITERION = [*CHANNEL_CRITERIA.values(), *EXPERT_CRITERIA.values()]
 EVERY_NAME = [*CHANNEL_CRITERIA, *EXPERT_CRITERIA]
@@ -138,6 +139,13 @@ def test_alpha_scales_attribution():
 def test_unknown_corpus_is_refused(criterion):
     with pytest.raises(ValueError, match=r"`corpora` must name some of \['text'\].* got \['code'\]"):
         criterion(make_statistics(optional=True), corpora=["code"])
+
+
+@pytest.mark.parametrize("score_all", [score_channels, score_experts])
+def test_a_formula_that_reads_what_was_not_gathered_is_told_what_was(score_all):
+    match = r"Criterion 'mine' reads 'hiden_sq', which these statistics do not hold. Sums: .* hidden_sq,.*down_sq_norm"
+    with pytest.raises(ValueError, match=match):
+        score_all(make_statistics(), criterion="mine", corpora=None, formula=lambda sums, weights: sums["hiden_sq"])
 
 
 @pytest.mark.parametrize(("name", "criterion"), zip(EVERY_NAME, EVERY_CRITERION, strict=True), ids=EVERY_NAME)

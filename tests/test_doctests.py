@@ -23,18 +23,26 @@ ROOT = Path(lightning_moe.__file__).parent
 # Their modules have no state, no files and no model: what goes in decides what comes out.
 PURE_FOLDERS = ("criteria", "allocation", "records")
 PURE_MODULES = (
+    "adapters/functional",
+    "commands/_parsers",
+    "evaluation/compare/grid",
     "evaluation/windows",
+    "failures",
     "models/grouped",
     "models/products",
     "quantization/nf4",
     "quantization/rounding",
     "quantization/stored",
+    "reporting/checks",
+    "reporting/comparison",
     "reporting/table",
     "reporting/words",
     "surgery/least_squares",
     "surgery/schedule",
     "training/losses",
     "training/packing",
+    "training/router_loss",
+    "training/settings",
 )
 # Searches and classes whose shortest example is a page, or that hold nothing but a protocol.
 WITHOUT = {

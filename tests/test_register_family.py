@@ -92,7 +92,7 @@ ODD = {
             expert_count="num_local_experts",
         ),
         {"intermediate_size": 32, "num_local_experts": 8, "head_dim": 16},
-        r"'e_score_correction_bias' \[8\] has an entry per expert too",
+        r"'e_score_correction_bias' \[8\] has an entry per expert too, outside the router, which takes code",
     ),
 }
 COMMON = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}

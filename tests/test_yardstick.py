@@ -10,6 +10,7 @@ from measures.raises import measure_raises
 from measures.repeats import measure_repeats, repeated
 from measures.signatures import measure_signatures
 from measures.source import ROOT, Measured, Source
+from measures.unread import unread
 
 pytestmark = pytest.mark.docs
 
@@ -36,6 +37,24 @@ def message(raised: str, *, pattern: str) -> list[str]:
         f"def test():\n    with raises(ValueError, match={pattern!r}):\n        check(3)\n", name="tests/t.py"
     )
     return [row.value.split()[0] for row in measure_raises([library], tests=[test])]
+
+
+def test_what_nothing_reads_is_named() -> None:
+    one = source("log = 1\nLIMIT = 2\ndef _twice(n): return _twice(n)\ndef once(): return LIMIT\n", name="a.py")
+    two = source(
+        "from a import once\n@dataclass\nclass Row: ...\nclass Kept: ...\n__all__ = ['Kept', 'once']\n", name="b.py"
+    )
+    assert unread([one, two]) == [
+        ("log", "a.py:1 log"),
+        ("_twice", "a.py:3 _twice"),
+        ("Row", "b.py:3 Row"),
+    ]
+
+
+def test_a_key_that_a_message_names_too_is_not_looked_for_in_it() -> None:
+    raised = "f'`attention_mask` must be [B, S], got {width}.'"
+    assert message(raised, pattern="attention_mask")[1] == "0.0"
+    assert message(raised, pattern="`attention_mask` must be")[1] == "100.0"
 
 
 def test_a_function_is_counted_without_its_docstring() -> None:

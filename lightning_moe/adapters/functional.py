@@ -61,6 +61,13 @@ def adapted_norm(product_Gro: Tensor, A_Gri: Tensor, B_Gor: Tensor, base_sq_Go: 
     """`||W + s B A||` of every output from `A W^T`, without a dense `B A`: `[G, o]`.
 
     `||W_o + s (BA)_o||^2 = ||W_o||^2 + (2 s A W_o^T + s^2 A A^T B_o^T) . B_o`, method.md section 6.
+
+    Examples:
+        One output whose row is [3, 0]; the adapter adds 2 * 2 * [0, 1] to it: the norm of [3, 4].
+
+        >>> A_Gri, B_Gor = torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[2.0]]])
+        >>> adapted_norm(torch.tensor([[[0.0]]]), A_Gri, B_Gor, torch.tensor([[9.0]]), 2.0).tolist()
+        [[5.0]]
     """
     gram_Grr, B_Gro = A_Gri @ A_Gri.transpose(1, 2), B_Gor.transpose(1, 2)
     terms_Gro = torch.baddbmm(product_Gro.to(B_Gor.dtype), gram_Grr, B_Gro, beta=2 * scaling, alpha=scaling**2)
@@ -71,6 +78,13 @@ def adapted_weight(weight_oi: Tensor, A_ri: Tensor, B_or: Tensor, magnitude_o: T
     """`m / ||W + s B A||_row (W + s B A)` as a dense matrix `[o, i]`, the norm detached; without magnitude `W + s B A`.
 
     Batched over leading dimensions. For small matrices (routers) and for merging.
+
+    Examples:
+        >>> weight_oi, A_ri, B_or = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0]])
+        >>> adapted_weight(weight_oi, A_ri, B_or, None, 2.0).tolist()
+        [[3.0, 4.0]]
+        >>> adapted_weight(weight_oi, A_ri, B_or, torch.tensor([10.0]), 2.0).tolist()  # a row of length 10
+        [[6.0, 8.0]]
     """
     adapted_oi = weight_oi + scaling * (B_or @ A_ri)
     if magnitude_o is None:

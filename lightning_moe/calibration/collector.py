@@ -4,7 +4,6 @@ B sequences, S tokens of one, T = B*S tokens, K experts per token, E experts, H 
 X any of these.
 """
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Self
@@ -21,8 +20,6 @@ from lightning_moe.calibration.text import Batch, TextReader, vocab_size
 from lightning_moe.calibration.unseen import report_unseen
 from lightning_moe.models.discovery import MoeLayer, model_shape, moe_layers
 from lightning_moe.records import CalibrationStatistics
-
-log = logging.getLogger(__name__)
 
 
 class CalibrationCollector(LayerObserver):

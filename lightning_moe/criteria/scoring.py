@@ -37,22 +37,39 @@ class ExpertCriterion(Protocol):
 def score_channels(
     statistics: CalibrationStatistics, *, criterion: str, corpora: Sequence[str] | None, formula: Formula
 ) -> ChannelScores:
-    """The formula on every layer."""
-    scores = _score(statistics, corpora=corpora, formula=formula)
+    """The formula on every layer.
+
+    Raises:
+        ValueError: the formula reads a sum that the statistics do not hold.
+    """
+    scores = _score(statistics, criterion=criterion, corpora=corpora, formula=formula)
     return ChannelScores(shape=statistics.shape, criterion=criterion, scores=scores)
 
 
 def score_experts(
     statistics: CalibrationStatistics, *, criterion: str, corpora: Sequence[str] | None, formula: Formula
 ) -> ExpertScores:
-    """The formula on every layer."""
-    scores = _score(statistics, corpora=corpora, formula=formula)
+    """The formula on every layer.
+
+    Raises:
+        ValueError: the formula reads a sum that the statistics do not hold.
+    """
+    scores = _score(statistics, criterion=criterion, corpora=corpora, formula=formula)
     return ExpertScores(shape=statistics.shape, criterion=criterion, scores=scores)
 
 
-def _score(statistics: CalibrationStatistics, *, corpora: Sequence[str] | None, formula: Formula) -> tuple[Tensor, ...]:
-    layers = zip(statistics.total(corpora), statistics.weights, strict=True)
-    return tuple(formula(sums, weights) for sums, weights in layers)
+def _score(
+    statistics: CalibrationStatistics, *, criterion: str, corpora: Sequence[str] | None, formula: Formula
+) -> tuple[Tensor, ...]:
+    layers = list(zip(statistics.total(corpora), statistics.weights, strict=True))
+    try:
+        return tuple(formula(sums, weights) for sums, weights in layers)
+    except KeyError as error:
+        held = [", ".join(sorted(values)) for values in layers[0]]
+        raise ValueError(
+            f"Criterion '{criterion}' reads {error}, which these statistics do not hold. Sums: {held[0]}. Of the "
+            f"weights: {held[1]}."
+        ) from error
 
 
 def needed(values: LayerValues, name: str, *, criterion: str, remedy: str) -> Tensor:

@@ -22,12 +22,10 @@ class Footprint:
         stored_params: logical parameters (a 4-bit weight counts as one; quantisation constants and adapters do not).
         active_params: parameters a token uses on average: everything but the routed experts, plus the channels of the
             experts it is routed to.
-        tensor_bytes: bytes of all parameters and buffers in memory, shared ones once.
     """
 
     stored_params: int
     active_params: float
-    tensor_bytes: int
 
 
 def measure_footprint(model: PreTrainedModel, *, usage: Mapping[str, Tensor] | None = None) -> Footprint:
@@ -50,11 +48,7 @@ def measure_footprint(model: PreTrainedModel, *, usage: Mapping[str, Tensor] | N
             size_E[novice] = hidden_size
         expert_params += sum(size_E)
         active_expert_params += sum(share * size for share, size in zip(share_E, size_E, strict=True))
-    return Footprint(
-        stored_params=int(stored),
-        active_params=stored - expert_params + active_expert_params,
-        tensor_bytes=_tensor_bytes(model),
-    )
+    return Footprint(stored_params=int(stored), active_params=stored - expert_params + active_expert_params)
 
 
 def missing_channels(model: PreTrainedModel) -> float:
@@ -100,10 +94,3 @@ def _tied_parameters(model: PreTrainedModel) -> int:
     """Parameters that `_logical_size` met once too often: a head that shares the embedding's weight."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head.weight.numel() if head is not None and head.weight is embedding.weight else 0  # pyright: ignore
-
-
-def _tensor_bytes(model: PreTrainedModel) -> int:
-    seen: dict[int, int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-    return sum(seen.values())

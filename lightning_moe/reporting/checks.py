@@ -51,6 +51,13 @@ def check_known(row: Mapping[Any, Any], *, key: Any, where: str) -> float | None
 
     Raises:
         ValueError: it is something else.
+
+    Examples:
+        >>> check_known({"bytes": 12}, key="bytes", where="row 'a'"), check_known({}, key="bytes", where="row 'a'")
+        (12, None)
+        >>> check_known({"bytes": -1}, key="bytes", where="row 'a'")
+        Traceback (most recent call last):
+        ValueError: 'bytes' of row 'a' must be finite and >= 0, got -1.
     """
     if row.get(key) is None:
         return None

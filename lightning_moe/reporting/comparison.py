@@ -38,7 +38,12 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """For example `exact_global 0.50 NF4, repaired`."""
+        """What a table calls it.
+
+        Examples:
+            >>> Setting(method="exact_global", ratio=0.5, bits=4, repair=True).label
+            'exact_global 0.50 NF4, repaired'
+        """
         words = [self.method, *([] if self.ratio is None else [f"{self.ratio:.2f}"]), self.variant]
         words += [] if self.bits == 16 else ["NF4" if self.bits == 4 else f"{self.bits} bit"]
         return ", ".join(

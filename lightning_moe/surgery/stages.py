@@ -4,7 +4,6 @@ C channels of a layer.
 """
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +19,6 @@ from lightning_moe.models.discovery import model_shape
 from lightning_moe.records import CalibrationStatistics, ModelShape, PrunePlan
 from lightning_moe.surgery.pruner import ScheduledPruner
 from lightning_moe.surgery.repair import Repair, has_rows_to_fit, plan_repair
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

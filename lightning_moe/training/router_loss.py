@@ -32,6 +32,17 @@ def load_balancing_loss(outputs: Sequence[RouterOutput], *, attention_mask: Tens
     Raises:
         ValueError: there are no outputs, the mask is of another batch, or the loss is to have gradients and the
             routers ran without.
+
+    Examples:
+        Two tokens and two experts, one for each token: 2 (1/2 1/2 + 1/2 1/2). Both to the first: 2 (1 1 + 0 0).
+
+        >>> def routed(logits_TE):
+        ...     kinds = {"index": 0, "score": "softmax", "with_gradients": True}
+        ...     return RouterOutput(logits_TE=logits_TE, index_TK=logits_TE.argmax(1, keepdim=True), **kinds)
+        >>> load_balancing_loss([routed(torch.tensor([[99.0, 0.0], [0.0, 99.0]]))]).item()
+        1.0
+        >>> load_balancing_loss([routed(torch.tensor([[99.0, 0.0], [99.0, 0.0]]))]).item()
+        2.0
     """
     if not outputs:
         raise ValueError("There are no router outputs. Run the model inside `with RouterLogits(model)`.")

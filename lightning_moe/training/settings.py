@@ -37,6 +37,11 @@ def check_rates(**rates: float) -> None:
 
     Raises:
         ValueError: with name and value.
+
+    Examples:
+        >>> check_rates(weight_decay=-0.1)
+        Traceback (most recent call last):
+        ValueError: `weight_decay` must be a finite number, 0 or more, got -0.1.
     """
     for name, rate in rates.items():
         if not math.isfinite(rate) or rate < 0:

@@ -2,8 +2,9 @@
 
 A message counts as tested where some string of the tests, read as the pattern of `match=`, can match it: placeholders
 match anything, `.*` matches anything, and at least `_SHARED` letters, `_TOGETHER` of them in a row, must be the
-message's own words. Messages that are made elsewhere (`raise ValueError(reason)`), or have fewer words, cannot be
-judged by their text and are not counted.
+message's own words. A string that is a name (a key, a path, a module) is no pattern. Messages that are made elsewhere
+(`raise ValueError(reason)`), or have fewer words, cannot be judged by their text and are not counted. The share is an
+upper bound: placeholders of a message can take words of a pattern that was written for another one.
 """
 
 import ast
@@ -17,6 +18,7 @@ from measures.source import Measured, Source, percent
 VALUE_SHARE = 0.9
 _SHARED, _TOGETHER = 12, 8
 _HOLE = "\0"
+_NAME = re.compile(r"[\w./:-]*")
 # A value that is always the same stands in the text itself.
 _NOTHING = re.compile(r"\b(got|is|are|has|have) (none|no|not|0|`?false|`?true)\b|\b[Tt]here (is|are) no|^No ")
 
@@ -84,7 +86,7 @@ class _Patterns:
     def __init__(self, tests: Sequence[Source]) -> None:
         self._by_letters: dict[str, set[str]] = defaultdict(set)
         texts = (text for source in tests for text in _strings(source.tree))
-        for pattern in {_plain(choice) for text in texts for choice in text.split("|")}:
+        for pattern in {_plain(choice) for text in texts for choice in text.split("|") if not _NAME.fullmatch(choice)}:
             for start in range(len(pattern) - _TOGETHER + 1):
                 self._by_letters[pattern[start : start + _TOGETHER]].add(pattern)
 

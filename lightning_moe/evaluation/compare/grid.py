@@ -23,7 +23,7 @@ class GridMethod:
     """One method of a grid; what is null is the grid's.
 
     Args:
-        method: A preset of `lightning_moe.allocation`.
+        method: A name of `plan --method`, such as `exact_global`.
         method_args: Settings of the method.
         name: Its name in tables and rows; null: `method`.
         repair: Which repairs: false, true, after_nf4.
@@ -79,6 +79,10 @@ class Grid:
 
         Raises:
             ValueError: an empty list, an unknown method or setting, a ratio out of range, or two rows of one name.
+
+        Examples:
+            >>> [row.name for row in Grid(methods=["exact_global", "reap"], ratios=[0.5], bits=[4]).rows()]
+            ['dense_nf4', 'exact_global_50_nf4_s0', 'reap_50_nf4_s0']
         """
         check_count(self.samples, name="samples", lowest=1)
         if self.samples > _MOST_SAMPLES:

@@ -29,7 +29,7 @@ class StageSpec:
         prune_ratio: Share of routed-expert channels to remove; 0 keeps all. Exactly one of this and `keep_ratio`.
         keep_ratio: Share that stays, in (0, 1]: 1 - `prune_ratio`.
         bits: 16, or 4 for NF4.
-        method: A preset of `lightning_moe.allocation`.
+        method: A name of `plan --method`, such as `exact_global`.
         method_args: Settings of the method.
         repair: Refit the down projections by least squares; `after_nf4` fits them against the packed rows.
         label: The method's name in tables; null: `method`.

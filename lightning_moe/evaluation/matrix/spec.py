@@ -16,7 +16,7 @@ class MatrixMethod:
     """One method of a matrix.
 
     Args:
-        method: A preset of `lightning_moe.allocation`.
+        method: A name of `plan --method`, such as `exact_global`.
         method_args: Settings of the method.
         name: Its name in tables and rows; null: `method`.
     """
@@ -48,8 +48,10 @@ class Matrix:
     Args:
         methods: Presets by name, or `{method, method_args, name}`.
         prune_ratio: Share of routed-expert channels to remove, in (0, 1).
-        tokens: Sizes of the calibration text; multiples of a calibration row, `all` needs a row for each corpus.
-        smoothings: Paper A's method once with each of these smoothings, calibrated on `all_each` alone.
+        tokens: Tokens of calibration text, several sizes; multiples of a calibration row, `all` needs a row for each
+            corpus.
+        smoothings: Paper A's method once with each of these (`sqrt4`, `none`, `sqrt`, `log`, `huber`, `clip`),
+            calibrated on `all_each` alone.
         min_widths: The same with each of these minimum widths; one that experts or budget refuse is left out.
         variants: More methods on `all_each` alone.
 
