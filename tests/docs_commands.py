@@ -21,7 +21,7 @@ from lightning_moe.training.module import RecoveryModule
 TRAINING = ("fit", "validate")
 _FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w.-]*)")
 # Options of Lightning's command line itself.
-_LIGHTNING = {"config", "seed_everything", "ckpt_path", "help", "print_config", "weights_only"}
+_LIGHTNING = {"config", "seed_everything", "ckpt_path", "help", "print_config", "weights_only", "version"}
 
 
 @cache

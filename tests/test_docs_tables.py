@@ -41,6 +41,12 @@ def first_names(page: Path, *, header: str) -> list[str]:
     return list(chain.from_iterable(names(cells[0]) for cells in rows(page, header=header)))
 
 
+def first_patterns(page: Path, *, header: str) -> list[str]:
+    """Names of files in the first cells, braces written out."""
+    cells = (cell for cell, *_ in rows(page, header=header))
+    return [pattern for cell in cells for name in re.findall(r"`([^`]+)`", cell) for pattern in alternatives(name)]
+
+
 def paragraph(page: Path, *, begins: str) -> str:
     """The paragraph that begins so."""
     parts = page.read_text(encoding="utf-8").split("\n\n")
@@ -94,10 +100,17 @@ def test_subcommands():
 
 
 def test_configs():
-    table = rows(ROOT / "configs" / "README.md", header="config | what it does")
-    told = [pattern for cells in table for name in re.findall(r"`([^`]+)`", cells[0]) for pattern in alternatives(name)]
+    told = first_patterns(ROOT / "configs" / "README.md", header="config | what it does")
     files = [str(file.relative_to(ROOT / "configs")) for file in (ROOT / "configs").rglob("*.yaml")]
     assert [file for file in files if not any(fnmatch(file, pattern) for pattern in told)] == []
+    assert [pattern for pattern in told if not any(fnmatch(file, pattern) for file in files)] == []
+
+
+def test_programs():
+    told = first_patterns(ROOT / "scripts" / "README.md", header="program")
+    scripts = ROOT / "scripts"
+    files = [str(file.relative_to(scripts)) for top in ("", "examples/") for file in scripts.glob(f"{top}*.[ps][yh]")]
+    assert [file for file in files if not any(fnmatch(file, pattern) for pattern in told)] == ["venv.sh"]
     assert [pattern for pattern in told if not any(fnmatch(file, pattern) for file in files)] == []
 
 

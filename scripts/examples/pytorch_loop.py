@@ -2,7 +2,7 @@
 
     python scripts/examples/pytorch_loop.py [--steps 60] [--folder runs/pytorch_loop]
 
-What pruning adds to a loop that exists is what the README shows of this one: a pruner before the optimizer,
+What pruning adds to a loop that exists is what `callbacks/README.md` shows of this one: a pruner before the optimizer,
 and one call before each batch. The optimizer stays the same object with the same groups, the moments of what survives
 and its schedule. A checkpoint also says what the model looks like and what the pruner did: plain types, read with
 `weights_only=True`. The second run starts from it and ends with the weights of the first.

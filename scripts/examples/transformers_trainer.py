@@ -5,7 +5,7 @@
 Gradient accumulation, clipping, the schedule of the learning rate, evaluation and checkpoints are the Trainer's own.
 Its checkpoints of a cut model are ordinary model folders: `from_pretrained` loads them after `import lightning_moe`.
 A second run goes on from one between the two cuts with `resume_from_checkpoint`; `pruning.pt` beside the Trainer's
-own files says what was cut until then. The README shows the callback and the lines that use it.
+own files says what was cut until then. `callbacks/README.md` shows the callback and its use.
 """
 
 from collections.abc import Sequence
