@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -83,6 +85,7 @@ def signals_raise() -> Iterator[None]:
         signal.signal(signal.SIGINT, _raise_interrupted)
     if before[signal.SIGTERM] in (signal.SIG_DFL, _stop_at_once):
         signal.signal(signal.SIGTERM, signal.SIG_DFL if "SLURM_JOB_ID" in os.environ else _raise_terminated)
+    _block.count += 1
     _block.is_active, sys.unraisablehook = True, _without_word(hook)
     try:
         yield
@@ -99,8 +102,9 @@ def forget_children() -> None:
 
 
 class _Block:
-    """What `signals_raise` knows: whether the program is inside, and the last exception that was raised there."""
+    """What `signals_raise` knows: how many there were, whether one is active, and what was raised in it last."""
 
+    count = 0
     is_active = False
     raised: weakref.ref[BaseException] | None = None
 
@@ -146,12 +150,16 @@ def _on_its_way() -> BaseException | None:
 
 
 def _again(number: int) -> None:
-    """Sends a signal when that is over in which an exception is of no use."""
-    threading.Timer(_AGAIN_S, _send, (number,)).start()
+    """Sends a signal when that is over in which an exception is of no use.
+
+    A thread of the plainest kind: one of `threading` takes locks, in which the next signal would leave it.
+    """
+    start_new_thread(_send, (number, _block.count))
 
 
-def _send(number: int) -> None:
-    if _block.is_active and _on_its_way() is None:
+def _send(number: int, block: int) -> None:
+    time.sleep(_AGAIN_S)
+    if _block.is_active and _block.count == block and _on_its_way() is None:
         os.kill(os.getpid(), number)
 
 

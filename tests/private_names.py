@@ -10,8 +10,8 @@ from pathlib import Path
 
 OWN = ("lightning_moe", "callbacks")
 BUILT_IN = ("builtins", "abc", "typing", "collections")
-# Private by their spelling only: documented parts of named tuples and of `os`.
-PUBLIC = {"_fields", "_replace", "_asdict", "_exit"}
+# Private by their spelling only: documented parts of named tuples, of `os`, and of Python itself.
+PUBLIC = {"_fields", "_replace", "_asdict", "_exit", "_thread"}
 _STRING = re.compile(r"_[A-Za-z]\w*")
 
 

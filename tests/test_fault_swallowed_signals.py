@@ -188,6 +188,6 @@ except signals.Terminated:
 
 
 def test_sigterm_in_the_middle_of_a_fork_is_not_lost():
-    command = [sys.executable, "-c", IN_A_FORK]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", IN_A_FORK]  # of a fork with threads
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert (done.stdout, done.stderr) == ("told\n", "")
