@@ -191,7 +191,8 @@ def open_tensors(path: str | Path, *, what: str) -> tuple[LazyTensors, dict[str,
     try:
         # Plain reads: pages of a mapped file would stay in the process's memory after the tensor is gone.
         file = safe_open(str(path), framework="pt", backend="pread")
-        metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        texts = (file.metadata() or {}).items()
+        metadata = {key: json.loads(value, object_pairs_hook=_each_once) for key, value in texts}
         keys = list(file.keys())
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"'{path}' is not a readable {what}: {one_line(error)}. Write it again.") from error
