@@ -148,7 +148,7 @@ def test_nf4_needs_whole_blocks(folder, capsys, tmp_path):
         (["plan", "--bits", "8"], 2, r"plan: `bits`: Expected one of 4, 16\. Got 8\. `python"),
         (["plan", "--corpora", "code"], 2, r"`corpora`: Expected a list, such as `\[one, two\]`\. Got code\. `"),
         (["plan", "--method_args", "align=16"], 2, r"Expected a mapping, such as `{name: value}`\. Got align=16\."),
-        (["fit"], 2, "fit: the following arguments are required: data.tokenizer, model"),
+        (["fit"], 2, "fit: the following arguments are required: `data.tokenizer`, `model`"),
         (["pruned"], 2, "unknown subcommand 'pruned'. Did you mean `prune`\\? "),
         (["--config", "x.yaml", "fit"], 2, "subcommand comes first .*, got '--config'. It is one of calibrate, plan"),
         (["report", "--folder", "nowhere"], 1, "There are no rows of results below 'nowhere/stages'"),

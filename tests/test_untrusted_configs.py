@@ -127,7 +127,8 @@ def test_yaml_of_people_is_read():
     ("text", "message"),
     [
         ("method: !!python/object/apply:os.system ['true']", "could not determine a constructor for the tag"),
-        ("prune_ratio: " + "9" * 5000, "Exceeds the limit"),
+        ("prune_ratio: " + "9" * 5000, "config.yaml' cannot be read: line 1 has a number of more than 100 digits"),
+        ("", "config.yaml' cannot be read: it is empty"),
         ("- 1\n- 2", "config.yaml' cannot be read: it is no mapping of settings"),
         ("null", "config.yaml' cannot be read: it is no mapping of settings"),
         ("data:\n", "config.yaml' cannot be read: its only key has no value"),

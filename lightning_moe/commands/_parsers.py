@@ -24,6 +24,7 @@ _CHOICE = re.compile(r"Expected an? typing\.Literal\[(.*?)\]\.?(?=\s|$)")
 _KEY = re.compile(r'Parser key "([\w.+]+)":')
 # Options of `fit` and `validate` come with their subcommand before them.
 _REQUIRED = re.compile(r"(?<=arguments are required: )(fit|validate)\.[\w., ]*")
+_MISSING = re.compile(r"(?<=arguments are required: )[\w., ]*\w")
 _GIVEN = re.compile(r"(?:Given|Got) value: (.*?)\.?$")
 
 
@@ -47,9 +48,12 @@ def in_words(line: str) -> str:
     '`bits`: Expected one of 4, 16. Got 8.'
     >>> in_words('Parser key "corpora": Expected a <class \'list\'>')
     '`corpora`: Expected a list, such as `[one, two]`.'
+    >>> in_words("the following arguments are required: model, data.tokenizer.")
+    'the following arguments are required: `model`, `data.tokenizer`.'
     """
     line = _TYPE.sub(lambda found: f"Expected {_WORDS.get(found[1], found[1])}.", line)
     line = _REQUIRED.sub(lambda found: found[0].replace(f"{found[1]}.", ""), line)
+    line = _MISSING.sub(lambda found: ", ".join(f"`{name}`" for name in found[0].split(", ")), line)
     line = _CHOICE.sub(r"Expected one of \1.", line)
     return _GIVEN.sub(r"Got \1.", _KEY.sub(r"`\1`:", line))
 

@@ -14,6 +14,7 @@ from yaml import MappingNode, Node, SafeLoader, ScalarNode, SequenceNode, YAMLEr
 # Configs are a few levels deep, and a few hundred values long.
 _DEEPEST = 50
 _MOST_VALUES = 100_000
+_INTEGER, _MOST_DIGITS = "tag:yaml.org,2002:int", 100
 # A value on the command line: too short to be more than a few levels deep.
 _SHORT = 80
 # Where configs of the thin commands have records, lists and mappings of records; and what a class's path looks like.
@@ -53,9 +54,9 @@ def check_config_files(arguments: Sequence[str], *, classes: bool) -> None:
         try:
             if Path(file).is_file():
                 root = check_yaml(Path(file).read_text(encoding="utf-8"), classes=classes)
-                if root is not None and not isinstance(root, MappingNode):
-                    raise YAMLError("it is no mapping of settings")
-                if root is not None and [node.value for _, node in root.value] == [""]:
+                if not isinstance(root, MappingNode):
+                    raise YAMLError("it is empty" if root is None else "it is no mapping of settings")
+                if [node.value for _, node in root.value] == [""]:
                     raise YAMLError("its only key has no value")
         except (YAMLError, UnicodeDecodeError) as error:
             told = " ".join(str(error).split())
@@ -102,6 +103,8 @@ def _count(node: Node, *, depth: int, known: dict[int, int]) -> int:
     line = node.start_mark.line + 1
     if depth > _DEEPEST:
         raise YAMLError(f"line {line} is nested more than {_DEEPEST} levels deep")
+    if isinstance(node, ScalarNode) and node.tag == _INTEGER and len(node.value) > _MOST_DIGITS:
+        raise YAMLError(f"line {line} has a number of more than {_MOST_DIGITS} digits")
     if known.get(id(node)) == 0:
         raise YAMLError(f"line {line} contains itself by an alias")
     if id(node) not in known:
